@@ -1,0 +1,65 @@
+"""Committed measurements are complete, belong to the pinned TRL, and the pictures show them."""
+
+import json
+from pathlib import Path
+
+import expected
+import pytest
+import trl_source
+
+ROOT = Path(__file__).resolve().parents[1]
+MEASURED = sorted(path.stem for path in (ROOT / "annotated_examples" / "expected").glob("*.json"))
+
+
+@pytest.mark.parametrize("trainer", MEASURED)
+def test_a_measurement_says_how_it_was_made(trainer):
+    result = json.loads((expected.EXPECTED / f"{trainer}.json").read_text())
+    assert result["trainer"] == trainer
+    assert result["command"] == f"python annotated_examples/{trainer}.py --seed SEED"
+    assert result["versions"]["trl"] == trl_source.pinned_version()
+    assert set(result["versions"]) == set(expected.PACKAGES)
+    assert {"cpu", "cores", "threads", "python"} <= set(result["machine"])
+    assert len(result["seeds"]) == len(set(result["seeds"])) == len(result["train_seconds"]) == 5
+
+
+@pytest.mark.parametrize("trainer", MEASURED)
+def test_bands_are_bands(trainer):
+    result = json.loads((expected.EXPECTED / f"{trainer}.json").read_text())
+    steps = {tuple(band["step"]) for band in result["log"].values()}
+    assert len(steps) == 1
+    for key, band in result["log"].items():
+        rows = list(zip(band["min"], band["mean"], band["max"], strict=True))
+        assert len(rows) == len(band["step"]) >= 10
+        assert all(low <= mean <= high or low == pytest.approx(high) for low, mean, high in rows), key
+    assert any(low < high for low, high in zip(result["log"]["loss"]["min"], result["log"]["loss"]["max"], strict=True))
+
+
+@pytest.mark.parametrize("trainer", MEASURED)
+def test_every_seed_gains_at_least_fifteen_points_in_under_a_minute(trainer):
+    result = json.loads((expected.EXPECTED / f"{trainer}.json").read_text())
+    right = result["held_out"]["right answers"]
+    gains = [after - before for before, after in zip(right["before"], right["after"], strict=True)]
+    assert min(gains) >= 0.15, gains
+    assert max(result["train_seconds"]) < 60
+
+
+@pytest.mark.parametrize("trainer", MEASURED)
+def test_the_picture_was_drawn_from_this_measurement(trainer):
+    assert expected.digest(trainer) in (expected.EXPECTED / f"{trainer}.svg").read_text()
+
+
+def test_dpo_is_measured():
+    assert "dpo" in MEASURED
+
+
+def test_a_key_that_only_some_runs_log_is_refused():
+    whole = [{"step": 1, "loss": 0.5, "entropy": 0.1}]
+    with pytest.raises(SystemExit, match=r"entropy was not logged in every run at the steps \[1\]"):
+        expected.bands([whole, [{"step": 1, "loss": 0.4}]])
+
+
+def test_bands_hold_smallest_mean_and_largest():
+    found = expected.bands(
+        [[{"step": 5, "loss": 1.0, "epoch": 0.1}], [{"step": 5, "loss": 3.0}, {"eval_loss": 9.0, "step": 5}]]
+    )
+    assert found == {"loss": {"step": [5], "min": [1.0], "mean": [2.0], "max": [3.0]}}
