@@ -7,6 +7,7 @@ import os
 import random
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,8 @@ SETTINGS = {
 }
 for name, value in SETTINGS.items():
     os.environ.setdefault(name, value)
+# `ruff` and `accelerate` are those of this Python, also where its environment is not the active one.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 @pytest.fixture(autouse=True)
