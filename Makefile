@@ -1,0 +1,63 @@
+# An active environment is used as it is; otherwise .venv, which `make install` creates.
+ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
+PYTHON ?= $(if $(ACTIVE),python,.venv/bin/python)
+TRAINER ?= dpo
+GENERATED = $(shell git grep -l --untracked -F '[[[cog' -- '*.md')
+COG = $(PYTHON) -m cogapp -P -I tools --verbosity=1
+
+.DEFAULT_GOAL := help
+.PHONY: help install test check site serve sync coverage drift bump toy expected environments environment
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+install: ## install what the scripts, the tests and the site need, into the active environment or into .venv
+	$(if $(ACTIVE),,python3 -m venv .venv)
+	$(PYTHON) -m pip install -e '.[test,docs]'
+
+test: environment ## run the tests
+	$(PYTHON) -m pytest
+
+check: environment ## lint, spelling, and whether everything generated is up to date; changes nothing
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	git ls-files -co --exclude-standard -z | xargs -0 $(PYTHON) -m codespell_lib
+	$(PYTHON) tools/pins.py sync --check
+	$(PYTHON) tools/walkthroughs.py sync --check
+	$(COG) --check --check-fail-msg='run make sync' $(GENERATED)
+
+site: environment ## build the site into site/; every warning is an error
+	$(PYTHON) tools/stage.py
+	$(PYTHON) -m mkdocs build --strict
+
+serve: environment ## show the site on this machine and follow changes
+	$(PYTHON) tools/stage.py
+	$(PYTHON) tools/stage.py --watch & trap "kill $$!" EXIT INT TERM; $(PYTHON) -m mkdocs serve
+
+sync: environment ## write again everything that is generated in place
+	$(PYTHON) tools/pins.py sync
+	$(PYTHON) tools/walkthroughs.py sync
+	$(COG) -r $(GENERATED)
+	for page in reference_guides/*.md annotated_trainers/*.md; do $(PYTHON) tests/markdown_pages.py --write $$page || exit 1; done
+
+coverage: environment ## how much of each trainer's code its walkthrough explains
+	$(PYTHON) tools/walkthroughs.py coverage
+
+drift: environment ## what another release of TRL does to the pages: make drift TRL=1.16.0
+	$(if $(TRL),,$(error say which release: make drift TRL=1.16.0))$(PYTHON) tools/walkthroughs.py drift $(TRL)
+
+bump: environment ## move the pin of TRL, regenerate, list what to read again: make bump TRL=1.16.0
+	$(if $(TRL),,$(error say which release: make bump TRL=1.16.0))$(PYTHON) tools/pins.py bump $(TRL)
+
+toy: environment ## make the toy world again, from its seed
+	$(PYTHON) annotated_examples/toy/build.py
+
+expected: environment ## run a script and write its measurements: make expected TRAINER=dpo
+	$(PYTHON) tools/expected.py $(TRAINER)
+
+environments: environment ## run the tests with the lowest and the highest versions of every range
+	$(PYTHON) tools/environments.py $(ONLY)
+
+environment:
+	@$(PYTHON) --version >/dev/null 2>&1 || \
+		{ echo "$(PYTHON) cannot be run: run 'make install' first, or activate an environment." >&2; exit 1; }

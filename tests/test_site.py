@@ -1,0 +1,363 @@
+"""The built site in a browser: it asks no other host, shows every formula and diagram, fits a phone, finds and copies.
+
+The site is staged and built once, strictly, into a temporary folder and served from there. Needs the docs extra, npm and
+Chromium; without Chromium these tests are skipped, except in CI, where that is a failure.
+"""
+
+import contextlib
+import functools
+import http.server
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import stage
+from markdown_it import MarkdownIt
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDE, PHONE = {"width": 1440, "height": 900}, {"width": 360, "height": 740}
+CHROMIUM_OPTIONS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+# Material draws diagrams into closed shadow roots, which a test cannot look into.
+PATIENCE = 120_000  # ms; a busy machine takes its time
+OPEN_SHADOWS = """
+const attach = Element.prototype.attachShadow
+Element.prototype.attachShadow = function (options) { return attach.call(this, { ...options, mode: "open" }) }
+"""
+LOOK = """() => {
+  const all = selector => [...document.querySelectorAll(selector)]
+  const count = tags => all(`.md-content__inner :is(${tags})`).length
+  return {
+    formulas: all(".katex-display").length,
+    unset: all(".arithmatex").filter(e => !e.querySelector(".katex")).map(e => e.textContent),
+    formula_errors: all(".katex-error").map(e => e.title),
+    diagrams: all("div.mermaid").filter(e => e.shadowRoot?.querySelector("svg")).length,
+    outline: { items: count("li"), rows: count("tr"), headings: count("h1, h2, h3, h4") },
+    links: all("a[href]").map(a => a.href.split("#")[0]),
+    dead_fragments: all("a[href^='#']").map(a => decodeURIComponent(a.hash.slice(1)))
+      .filter(id => id && !document.getElementById(id)),
+  }
+}"""
+BOXES = """() => {
+  const box = element => { const b = element.getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom] }
+  return [...document.querySelectorAll(".excerpt")].map(e =>
+    [box(e.querySelector(".excerpt__code")), box(e.querySelector(".excerpt__notes"))])
+}"""
+
+
+def missing(what: str) -> None:
+    reason = f"the site was not looked at in a browser: {what}"
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        missing("playwright is not installed (pip install -e '.[docs]')")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        missing("no chromium, chromium-browser or google-chrome on the PATH")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_OPTIONS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def site(browser, tmp_path_factory):
+    """The address of the freshly built site, with a slash at the end."""
+    if not shutil.which("npm"):
+        missing("npm is not installed")
+    if not importlib.util.find_spec("mkdocs"):
+        missing("mkdocs is not installed (pip install -e '.[docs]')")
+    folder = tmp_path_factory.mktemp("site")
+    for command in (
+        [sys.executable, "tools/stage.py"],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+    ):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(command[1:])}\n{done.stdout}\n{done.stderr}"
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@contextlib.contextmanager
+def window(browser, **options):
+    """A browser window as wide as a desk screen."""
+    context = browser.new_context(viewport=WIDE, **options)
+    context.set_default_timeout(PATIENCE)
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def page(browser):
+    """An empty tab, allowed to use the clipboard."""
+    with window(browser, permissions=["clipboard-read", "clipboard-write"]) as context:
+        yield context.new_page()
+
+
+@dataclass
+class Visit:
+    """What one page did when it was opened."""
+
+    url: str  # from the top of the site
+    source: str  # path in the repository
+    requests: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    seen: dict = field(default_factory=dict)  # what LOOK found
+    wide: list = field(default_factory=list)  # the excerpts' boxes, [code, notes], each left, top, right, bottom
+    narrow: list = field(default_factory=list)
+    width_on_phone: dict[str, int] = field(default_factory=dict)  # scheme of the colours -> pixels
+
+
+def sources() -> dict[str, str]:
+    """Page of the site -> path in the repository."""
+    pages = stage.Site(ROOT, lambda text, page: text).pages
+    return {stage.url_folder(page): source for source, page in pages.items()}
+
+
+@pytest.fixture(scope="session")
+def visits(site, browser) -> list[Visit]:
+    """Every page, opened once: on a wide screen, then on a phone in light and in dark."""
+    with window(browser, color_scheme="light", reduced_motion="reduce") as context:
+        context.add_init_script(OPEN_SHADOWS)
+        return [visited(context.new_page(), site, Visit(url, source)) for url, source in sources().items()]
+
+
+def visited(tab, site: str, visit: Visit) -> Visit:
+    tab.on("request", lambda request: visit.requests.append(request.url))
+    tab.on("pageerror", lambda error: visit.problems.append(str(error)))
+    tab.on("console", lambda message: visit.problems.append(message.text) if message.type == "error" else None)
+    answer = tab.goto(site + visit.url)
+    assert answer.ok, f"{visit.url}: {answer.status}"
+    tab.wait_for_function("!document.querySelector('pre.mermaid')")  # a diagram takes its place
+    visit.seen, visit.wide = tab.evaluate(LOOK), tab.evaluate(BOXES)
+    tab.set_viewport_size(PHONE)
+    visit.narrow = tab.evaluate(BOXES)
+    for scheme, name in (("light", "default"), ("dark", "slate")):
+        tab.emulate_media(color_scheme=scheme)
+        tab.wait_for_selector(f"body[data-md-color-scheme={name}]")
+        visit.width_on_phone[scheme] = tab.evaluate("document.documentElement.scrollWidth")
+    tab.close()
+    return visit
+
+
+def fences(source: str, language: str) -> int:
+    if not source.endswith(".md") or not (ROOT / source).is_file():
+        return 0
+    tokens = MarkdownIt().parse((ROOT / source).read_text("utf-8"))
+    return sum(token.type == "fence" and token.info.split()[:1] == [language] for token in tokens)
+
+
+def written(visits: list[Visit]) -> list[Visit]:
+    """The visits of pages that somebody wrote; the others are made by tools/stage.py."""
+    return [visit for visit in visits if visit.source.endswith(".md") and (ROOT / visit.source).is_file()]
+
+
+def test_no_page_asks_another_host_for_anything(visits, site):
+    elsewhere = {v.source: [u for u in v.requests if not u.startswith((site, "data:", "blob:"))] for v in visits}
+    assert not {name: urls for name, urls in elsewhere.items() if urls}
+    assert all(visit.requests for visit in visits)
+
+
+def test_no_page_reports_an_error(visits):
+    assert not {visit.source: visit.problems for visit in visits if visit.problems}
+
+
+def test_every_formula_is_set(visits):
+    for visit in visits:
+        assert visit.seen["formula_errors"] == [], visit.source
+        assert visit.seen["unset"] == [], visit.source
+        assert visit.seen["formulas"] >= fences(visit.source, "math"), visit.source
+    assert sum(visit.seen["formulas"] for visit in visits) > 0
+
+
+def test_every_diagram_is_drawn(visits):
+    for visit in visits:
+        assert visit.seen["diagrams"] == fences(visit.source, "mermaid"), visit.source
+
+
+def test_every_page_has_the_lists_tables_and_headings_that_a_git_host_shows(visits):
+    for visit in written(visits):
+        tokens = MarkdownIt("commonmark").enable("table").parse((ROOT / visit.source).read_text("utf-8"))
+        opened = [token.tag for token in tokens if token.nesting == 1]
+        assert visit.seen["outline"] == {
+            "items": opened.count("li"),
+            "rows": opened.count("tr"),
+            "headings": sum(opened.count(tag) for tag in ("h1", "h2", "h3", "h4")),
+        }, visit.source
+
+
+def test_every_link_to_the_site_itself_leads_somewhere(visits, site):
+    links = {link for visit in visits for link in visit.seen["links"] if link.startswith(site)}
+    assert len(links) > len(visits)
+    dead = {}
+    for link in sorted(links):
+        try:
+            urllib.request.urlopen(link).close()
+        except urllib.error.HTTPError as error:
+            dead[link] = error.code
+    assert dead == {}
+
+
+def test_every_link_within_a_page_has_a_target(visits):
+    assert not {visit.source: visit.seen["dead_fragments"] for visit in visits if visit.seen["dead_fragments"]}
+
+
+def test_no_page_scrolls_sideways_on_a_phone(visits):
+    assert not {v.source: v.width_on_phone for v in visits if max(v.width_on_phone.values()) > PHONE["width"]}
+
+
+def test_notes_stand_beside_their_code_on_a_wide_screen_and_below_it_on_a_phone(visits):
+    seen = 0
+    for visit in visits:
+        for code, notes in visit.wide:
+            assert code[3] - code[1] > 20 and notes[3] - notes[1] > 20, f"an excerpt of {visit.source} is not visible"
+            assert code[2] <= notes[0] + 1 and abs(code[1] - notes[1]) <= 1, visit.source
+            seen += 1
+        for code, notes in visit.narrow:
+            assert code[3] <= notes[1] + 1, visit.source
+            assert code[0] >= 0 and code[2] <= PHONE["width"] and notes[2] <= PHONE["width"], visit.source
+    assert seen > 0
+
+
+def test_the_code_stays_in_sight_while_a_longer_note_is_read(page, site):
+    page.set_viewport_size({"width": 1120, "height": 900})  # narrow notes, so some are longer than their code
+    page.goto(f"{site}annotated_trainers/dpo/")
+    spare = [notes[3] - notes[1] - (code[3] - code[1]) for code, notes in page.evaluate(BOXES)]
+    number = spare.index(max(spare))
+    assert spare[number] > 60, "no note is longer than its code"
+    page.evaluate("n => document.querySelectorAll('.excerpt')[n].scrollIntoView({ behavior: 'instant' })", number)
+    code, notes = page.evaluate(BOXES)[number]
+    header = page.evaluate("document.querySelector('.md-header').getBoundingClientRect().bottom")
+    assert notes[1] < header - 30 and code[1] >= header - 1
+
+
+@pytest.mark.parametrize("words", ["dpo trainer", "DPOTrainer"])
+def test_the_search_finds_the_walkthrough_of_dpo_and_the_class_in_it(page, site, words):
+    page.goto(site)
+    page.keyboard.press("s")
+    page.keyboard.type(words)
+    results = page.locator(".md-search-result__item").first
+    results.wait_for()
+    page.wait_for_function("document.querySelectorAll('.md-search-result__item mark').length > 0")
+    assert re.search(r"/annotated_trainers/dpo/", results.locator("a").first.get_attribute("href"))
+    marked = page.locator(".md-search-result__list").inner_html()
+    assert re.search(r"<mark[^>]*>DPO</mark><mark[^>]*>Trainer</mark>", marked)
+
+
+def test_one_gets_from_the_home_page_over_the_walkthroughs_to_the_script_and_copies_it(page, site):
+    page.goto(site)
+    for link, address in (
+        ("annotated_trainers/", "**/annotated_trainers/**"),
+        ("dpo/", "**/annotated_trainers/dpo/**"),
+        ("annotated_examples/dpo/", "**/annotated_examples/dpo/**"),
+    ):
+        page.locator(f".md-content a[href$='{link}']").first.click()
+        page.wait_for_url(address)
+    assert copied_script(page) == (ROOT / "annotated_examples/dpo.py").read_bytes()
+
+
+def copied_script(page) -> bytes:
+    page.evaluate("navigator.clipboard.writeText('nothing copied')")
+    page.locator(".script button[data-md-type='copy'], .script button.md-clipboard").click()
+    page.wait_for_function("navigator.clipboard.readText().then(text => text !== 'nothing copied')")
+    return page.evaluate("navigator.clipboard.readText()").encode()
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "annotated_examples").glob("*.py")), ids=lambda path: path.name)
+def test_a_scripts_page_copies_and_downloads_the_file_to_the_last_byte(page, site, script):
+    page.goto(f"{site}annotated_examples/{script.stem}/")
+    assert copied_script(page) == script.read_bytes()
+    with page.expect_download() as download:
+        page.locator(".script-download").click()
+    assert download.value.suggested_filename == script.name
+    assert Path(download.value.path()).read_bytes() == script.read_bytes()
+
+
+def test_a_copied_command_waits_for_the_enter_key(page, site):
+    page.goto(f"{site}annotated_examples/dpo/")
+    page.evaluate("navigator.clipboard.writeText('nothing copied')")
+    page.locator(".highlight button").first.click()
+    page.wait_for_function("navigator.clipboard.readText().then(text => text !== 'nothing copied')")
+    command = page.evaluate("navigator.clipboard.readText()")
+    assert command.startswith("python ") and not command.endswith("\n")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_serious_fault_of_access_on_a_page_of_each_kind(browser, site, scheme):
+    """Contrast, names for screen readers, reach by keyboard: what a machine can see of them (axe-core, from npm)."""
+    faults = {}
+    with window(browser, color_scheme=scheme, reduced_motion="reduce") as context:
+        for url in ("", "annotated_examples/dpo/", "reference_guides/notation/"):
+            tab = context.new_page()
+            tab.goto(site + url)
+            tab.add_script_tag(path=ROOT / "tools/site/node_modules/axe-core/axe.min.js")
+            found = tab.evaluate("axe.run({ runOnly: ['wcag2a', 'wcag2aa', 'wcag21aa'] }).then(all => all.violations)")
+            faults[url] = [f"{fault['id']}: {node['html'][:200]}" for fault in found for node in fault["nodes"]]
+    assert not {url: found for url, found in faults.items() if found}
+
+
+def test_the_colours_can_be_changed_by_keyboard(page, site):
+    page.goto(site)
+    seen = set()
+    for _ in range(3):
+        seen.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        page.locator(".md-header__option label:visible").focus()
+        page.keyboard.press("Enter")
+    assert len(seen) == 2
+
+
+def test_a_site_that_knows_its_repository_links_to_it_and_still_asks_no_other_host(browser, tmp_path):
+    """With `repo_url` on a well known host, Material would ask that host for the number of stars."""
+    for name in ("mkdocs.yml", "tools/site"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "README.md").write_text("# Home\n")
+    stage.stage(tmp_path, render=lambda text, page: text, vendor=False)
+    config = (
+        (ROOT / "mkdocs.yml")
+        .read_text("utf-8")
+        .replace("# repo_url: https://git.example", "repo_url: https://github.com")
+    )
+    config = config.replace("# edit_uri:", "edit_uri:")
+    (tmp_path / "mkdocs.yml").unlink()
+    (tmp_path / "mkdocs.yml").write_text(config, "utf-8")
+    subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict"], cwd=tmp_path, check=True, capture_output=True)
+    requests = []
+    with window(browser) as context:
+        tab = context.new_page()
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.goto((tmp_path / "site/index.html").as_uri())
+        tab.wait_for_timeout(1000)
+        header, edit = tab.locator(".md-header .md-source"), tab.locator("a[rel=edit]")
+        assert header.get_attribute("href") == "https://github.com/owner/name"
+        assert edit.get_attribute("href") == "https://github.com/owner/name/edit/main/README.md"
+    assert requests and all(url.startswith("file:") for url in requests)

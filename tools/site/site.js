@@ -1,0 +1,27 @@
+// What the site does in the browser beyond Material: formulas, whole scripts to the clipboard, access by keyboard.
+
+for (const element of document.querySelectorAll(".arithmatex")) {
+  const tex = element.textContent.trim().replace(/^\\[([]|\\[)\]]$/g, "")
+  katex.render(tex, element, { displayMode: element.tagName === "DIV", throwOnError: false })
+}
+
+// Material copies what the eye sees, less the white space at the end. The text itself is better: a script's page copies
+// the file to the last byte, and a wrapped line stays one line. Elsewhere the last line break is left out, so that a
+// command pasted into a terminal waits for the Enter key.
+document.addEventListener("click", event => {
+  const button = event.target.closest?.("[data-clipboard-target]")
+  if (!button) return
+  const text = document.querySelector(button.dataset.clipboardTarget).textContent
+  button.dataset.clipboardText = button.closest(".script") ? text : text.trimEnd()
+}, { capture: true })
+
+// A box that scrolls sideways must be reachable by keyboard.
+function makeScrollersFocusable() {
+  const boxes = [...document.querySelectorAll(".katex-display, .md-typeset__scrollwrap, .highlight code")]
+  const scrolls = boxes.map(box => box.scrollWidth > box.clientWidth) // all reading before all writing: one layout
+  boxes.forEach((box, i) => scrolls[i] ? box.setAttribute("tabindex", "0") : box.removeAttribute("tabindex"))
+}
+addEventListener("load", makeScrollersFocusable)
+addEventListener("resize", makeScrollersFocusable)
+
+document.querySelector(".md-search")?.setAttribute("aria-label", "Search") // a dialog without a name says nothing
