@@ -122,7 +122,8 @@ def test_what_only_looks_like_a_link_is_left_alone(repository):
         "$f[x](gone)$",
         "```python\nx[0](gone.md)\n```",
         "> ```text\n> [a](gone.md)\n> ```",
-        "~~~text\n```\n[a](gone.md)\n~~~",
+        "~~~text\n[a](gone.md)\n~~~",
+        "```text\n~~~\n[a](gone.md)\n```",
     ]
     for text in lookalikes:
         assert text in readme(repository, f"# Home\n\n{text}\n")

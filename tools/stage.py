@@ -237,14 +237,14 @@ class Site:
             for row in re.findall(r"^\| *Mathematics *\|(.*)$", text, re.M):  # of the walkthrough's quick facts
                 links |= dict.fromkeys(re.findall(r"\]\(\.\./(reference_guides/[^)]+)\)", row))
 
-        intro = [f"# `{name}`", docstring.split("\n\n")[0]]
+        lines = []
         for link in links:
             kind = "TRL's own code, line by line" if link.startswith("annotated_trainers/") else "The mathematics"
-            intro.append(f"- {kind}: [{self.title(link.partition('#')[0])}](../{link})")
-        text = "\n\n".join(intro).replace("\n\n- ", "\n- ").replace("\n- ", "\n\n- ", 1)
-        body = self.markdown(text, source)
+            lines.append(f"- {kind}: [{self.title(link.partition('#')[0])}](../{link})\n")
+        paragraph = docstring.split("\n\n")[0]
+        body = self.markdown(f"# `{name}`\n\n{paragraph}\n\n{''.join(lines)}", source)
 
-        body += f'\n\n[Download `{name}`]({name}){{ .md-button .script-download download="{name}" }}\n'
+        body += f'\n[Download `{name}`]({name}){{ .md-button .script-download download="{name}" }}\n'
         commands = script_commands(docstring) or [f"python {source}"]
         body += "\n## Run it\n\n" + fenced("\n".join(commands), "bash") + "\n## The whole script\n"
         sections = script_sections(code)
@@ -299,9 +299,8 @@ class Site:
             return link
         path, _, fragment = link.partition("#")
         path = unquote(path)
-        base = (
-            "" if path.startswith("/") else posixpath.dirname(source)
-        )  # a Git host reads /x from the repository's top
+        # A Git host reads /x from the repository's top.
+        base = "" if path.startswith("/") else posixpath.dirname(source)
         wanted = posixpath.normpath(posixpath.join(base, path.lstrip("/")))
         where = f"{source}, line {line}: the link `{link}`"
         if wanted.startswith(".."):
