@@ -17,7 +17,7 @@ The loss of one pair, with log-probabilities summed over the answer's tokens (Ra
 
     loss = -log sigmoid(beta * ((logp(chosen) - ref_logp(chosen)) - (logp(rejected) - ref_logp(rejected))))
 
-One row of data:
+One row of data (prompt may be left out if chosen and rejected both begin with it):
 
     {"prompt":   [{"role": "user", "content": "7+9+3"}],
      "chosen":   [{"role": "assistant", "content": "7+9=16 16+3=19 #19"}],
@@ -37,12 +37,14 @@ import json
 import re
 import shutil
 import sys
+import tempfile
+import time
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 import torch
 import yaml
-from accelerate import PartialState
 from datasets import load_dataset
 from packaging.version import Version
 from transformers import AutoTokenizer, set_seed
@@ -50,7 +52,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 
 def stop(message: str) -> None:
-    """Ends the run with a message for the user. Nothing has been trained or written yet."""
+    """Ends the run with a message for the user. Nothing has been trained or overwritten yet."""
     raise SystemExit(f"{Path(__file__).name}: {message}")
 
 
@@ -67,11 +69,16 @@ from trl import (
     get_peft_config,
     get_quantization_config,
     is_conversational,
+    maybe_extract_prompt,
 )
+from trl.models.utils import unwrap_model_for_generation
 
 # ---------------------------------------------------------------------------------------------------------- settings
 # TRL's defaults hold unless a line below changes them; a flag or a line of the YAML file behind --config overrides both.
 
+SCRIPT = "dpo"
+FLAGS = (ScriptArguments, DPOConfig, ModelConfig, DatasetMixtureConfig)  # each of their fields is a flag
+COLUMNS = ({"chosen", "rejected"},)  # a row needs one of these sets; more columns do no harm
 WORLD = Path(__file__).resolve().parent / "toy"
 
 TOY = {
@@ -104,6 +111,97 @@ REAL = {
 }
 
 
+# ---------------------------------------------------------------------------------------------------- model and trainer
+
+
+def build(script_args, training_args, model_args, train_dataset, eval_dataset, tokenizer):
+    """The policy that is trained, the reference that it may not leave too far behind, and the trainer that holds both.
+
+    Without ref_model the trainer loads the same weights a second time; with an adapter (--use_peft) the reference is the
+    policy with the adapter switched off.
+    """
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (training_args.model_init_kwargs or {})
+    return DPOTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def show_row(trainer) -> None:
+    """Prints one row as the model sees it, and how many of the first thousand lose their end to max_length."""
+    rows, say, decode = (
+        list(islice(trainer.train_dataset, 1000)),
+        trainer.accelerator.print,
+        trainer.processing_class.decode,
+    )
+    lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
+    limit = trainer.args.max_length or max(lengths, default=0)
+    cut = sum(length > limit for length in lengths)
+    if cut == len(lengths):
+        stop(
+            f"every pair is longer than max_length={limit} tokens, so no answer has an end: give a larger --max_length"
+        )
+    if cut:
+        say(f"{cut} of the first {len(lengths)} pairs are longer than max_length={limit} tokens and lose their end.\n")
+    for part in ("prompt_ids", "chosen_ids", "rejected_ids"):  # only the tokens of the two answers carry loss
+        say(f"{part:13}{decode(rows[0][part])}")
+
+
+# ----------------------------------------------------------------------------------------------------------- held out
+
+FIGURES = ("loss", "rewards/accuracies")  # what the evaluation logs that is worth a line here
+
+
+def prompt_ids(row: dict, tokenizer) -> list[int]:
+    """The tokens of a row up to the point where the answer begins."""
+    row = maybe_extract_prompt(row)
+    if is_conversational(row):
+        return tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+    return tokenizer(row["prompt"])["input_ids"]
+
+
+@torch.no_grad()
+def sample(trainer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+    """One answer for each prompt (token ids), sampled at temperature 1."""
+    set_seed(trainer.args.seed)
+    tokenizer = trainer.processing_class
+    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+        batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+        drawing = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        output = model.eval().generate(**batch, **drawing, max_new_tokens=max_new_tokens)
+    return tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def held_out(trainer, rows: list[dict], toy: bool) -> tuple[dict[str, float], list[tuple[str, str]]]:
+    """How good the policy is on data that it never trains on: figures, and a few samples as (prompt, answer)."""
+    metrics = trainer.evaluate() if FIGURES and trainer.eval_dataset is not None else {}
+    figures = {name: metrics[f"eval_{name}"] for name in FIGURES if f"eval_{name}" in metrics}
+    if toy:
+        rows = list(load_dataset(str(WORLD / "data" / "prompt_only"), split="test"))
+    if not rows:
+        return figures, []
+    prompts = [prompt_ids(row, trainer.processing_class) for row in rows]
+    answers = sample(trainer, prompts, max_new_tokens=64 if toy else 256)
+    if toy:  # the toy world knows the truth: the number behind the last # is the sum, or it is not
+        right = [answer.endswith(f"#{row['answer']}") for answer, row in zip(answers, rows, strict=True)]
+        figures = {"right answers": sum(right) / len(right)} | figures
+    texts = trainer.processing_class.batch_decode(prompts[:3], skip_special_tokens=True)
+    return figures, list(zip(texts, answers[:3], strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------ the run
+# From here on the fifteen scripts are the same to the letter.
+
+
 def parse(command_line: list[str]):
     """Toy settings without a model name, real ones with it; then the YAML file; then the flags."""
     given = {word.split("=")[0].removeprefix("--") for word in command_line if word.startswith("--")}
@@ -114,20 +212,19 @@ def parse(command_line: list[str]):
         stop("the toy policy knows nothing but sums: with --dataset_name, give your model with --model_name_or_path")
     if toy and not WORLD.is_dir():
         stop(f"there is no toy world in {WORLD}: run this script inside its repository, or give --model_name_or_path")
-    parser = TrlParser((ScriptArguments, DPOConfig, ModelConfig, DatasetMixtureConfig))
+    parser = TrlParser(FLAGS)
     parser.set_defaults(**(TOY if toy else REAL))
     return toy, *parser.parse_args_and_config(command_line)
 
 
-# -------------------------------------------------------------------------------------------------------------- data
-
-OTHER_TYPES = {  # the columns of other kinds of data, and the script that takes them
+TAKERS = {  # columns -> the scripts for such rows
     ("prompt", "completions", "labels"): "prm.py",
     ("prompt", "completion", "label"): "kto.py and bco.py",
-    ("prompt", "completion"): "sft.py",
-    ("messages",): "sft.py",
+    ("chosen", "rejected"): "dpo.py, cpo.py, orpo.py and reward.py",
+    ("prompt", "completion"): "sft.py and gkd.py",
+    ("messages",): "sft.py and gkd.py",
     ("text",): "sft.py",
-    ("prompt",): "grpo.py, rloo.py and online_dpo.py",
+    ("prompt",): "grpo.py, rloo.py, ppo.py, online_dpo.py, nash_md.py and xpo.py",
 }
 
 
@@ -154,153 +251,130 @@ def load_split(dataset, split: str):
     first = next(iter(dataset[split]), None)
     if first is None:
         stop(f"the split {split!r} is empty")
-    if not {"chosen", "rejected"} <= set(first):
-        taker = next((script for columns, script in OTHER_TYPES.items() if set(columns) <= set(first)), None)
-        advice = f"such rows are for {taker}" if taker else "rename or map your columns"
+    if not any(columns <= set(first) for columns in COLUMNS):
+        taker = next((scripts for columns, scripts in TAKERS.items() if set(columns) <= set(first)), None)
         stop(
-            "DPO needs the columns chosen and rejected, and prompt where these two do not begin with it. "
-            f"The split {split!r} has {sorted(first)}: {advice}"
+            f"a row needs the columns {' or '.join(' + '.join(sorted(columns)) for columns in COLUMNS)}, and the split "
+            f"{split!r} has {sorted(first)}: {f'such rows are for {taker}' if taker else 'rename or map your columns'}"
         )
     return dataset[split]
 
 
-def load_tokenizer(model_args, training_args, first_row):
+def load_tokenizer(script_args, training_args, model_args, first_row):
     """The model's tokenizer, if it can render these rows and tell padding from the end of an answer."""
     name = model_args.model_name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
+            name,
+            revision=model_args.model_revision,
+            trust_remote_code=getattr(training_args, "trust_remote_code", False),
         )
     except (OSError, ValueError) as error:
         stop(f"cannot load {name!r}, which is neither a model folder here nor on the hub: {str(error).splitlines()[0]}")
-    if training_args.pad_token in tokenizer.get_vocab():
-        tokenizer.pad_token = training_args.pad_token
+    vocabulary, pad_token = tokenizer.get_vocab(), (vars(script_args) | vars(training_args)).get("pad_token")
+    if pad_token is not None and pad_token not in vocabulary:
+        stop(f"--pad_token {pad_token!r} is not a token of {name!r}")
+    tokenizer.pad_token = pad_token or tokenizer.pad_token
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        spare = [token for token in tokenizer.get_vocab() if re.match(r"[<\[].*(pad|reserved|unused|unk)", token)][:3]
+        spare = [token for token in vocabulary if re.match(r"[<\[].*(pad|reserved|unused|unk)", token)][:3]
         stop(
-            f"the tokenizer of {name!r} pads with {tokenizer.pad_token!r} and ends answers with {tokenizer.eos_token!r}. "
-            "DPO's masks survive that, but it is saved with the model, and whoever masks the padding next masks the end "
-            "too: such a model never learns to stop. Give a token that no text holds with --pad_token"
-            + (f", for example one of {spare}" if spare else "")
+            f"the tokenizer of {name!r} pads with {tokenizer.pad_token!r} and ends answers with {tokenizer.eos_token!r}: "
+            "whoever masks the padding masks the end too, and such a model never learns to stop. Give a token that no "
+            "text holds with --pad_token" + (f", for example one of {spare}" if spare else "")
         )
     if is_conversational(first_row) and tokenizer.chat_template is None:
         stop(f"the rows are conversations, and the tokenizer of {name!r} has no chat template: take an instruct model")
     return tokenizer
 
 
-# ----------------------------------------------------------------------------------------------------------- held out
-
-
-@torch.no_grad()
-def sample(trainer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-    """One answer for each prompt (token ids), sampled at temperature 1."""
-    set_seed(trainer.args.seed)
-    tokenizer, model = trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model).eval()
-    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
-    output = model.generate(**batch, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=max_new_tokens)
-    return tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def held_out(trainer, problems) -> tuple[dict[str, float], list[tuple[str, str]]]:
-    """How good the policy is on data that it never trains on: figures, and a few samples as (prompt, answer)."""
-    metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    figures = {name: metrics[f"eval_{name}"] for name in ("loss", "rewards/accuracies") if f"eval_{name}" in metrics}
-    if problems is not None:  # the toy world knows the truth: the number behind the last # is the sum, or it is not
-        prompts = trainer.processing_class.apply_chat_template(list(problems["prompt"]), add_generation_prompt=True)
-        answers = sample(trainer, prompts["input_ids"], max_new_tokens=64)
-        right = [text.endswith(f"#{truth}") for text, truth in zip(answers, problems["answer"], strict=True)]
-        figures = {"right answers": sum(right) / len(right)} | figures
-        return figures, [(row[-1]["content"], text) for row, text in zip(problems["prompt"], answers, strict=True)][:3]
-    if trainer.eval_dataset is None:
-        return figures, []
-    prompts = [row["prompt_ids"] for _, row in zip(range(2), trainer.eval_dataset, strict=False)]
-    answers = sample(trainer, prompts, max_new_tokens=128)
-    return figures, list(zip(map(trainer.processing_class.decode, prompts), answers, strict=True))
-
-
-# ---------------------------------------------------------------------------------------------------------- the run
-
-
-def main() -> None:
-    toy, script_args, training_args, model_args, mixture_args = parse(sys.argv[1:])
+def check_folder(toy: bool, training_args, model_args) -> Path | None:
+    """Makes sure that output_dir can be written and holds nobody else's run; the checkpoint to go on from, if asked for."""
     if training_args.output_dir == "trainer_output":  # transformers' default
-        training_args.output_dir = f"outputs/dpo-{Path(model_args.model_name_or_path).name}"
+        training_args.output_dir = f"outputs/{SCRIPT}-{Path(model_args.model_name_or_path).name}"
     output_dir, resume = Path(training_args.output_dir), training_args.resume_from_checkpoint
-    if resume is not None and resume.lower() in ("true", "1", "yes"):
-        resume = True  # the newest checkpoint in output_dir
-    if resume and not (any(output_dir.glob("checkpoint-*")) if resume is True else Path(resume).is_dir()):
-        stop(f"there is no checkpoint {f'in {output_dir}' if resume is True else resume} to go on from")
-    marker = output_dir / "run.json"  # says whose run a folder holds
-    earlier_toy = toy and marker.is_file() and json.loads(marker.read_text()) == {"script": "dpo.py", "toy": True}
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not resume and not earlier_toy:
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        stop(f"cannot write to {output_dir}: {error.strerror}")
+    if resume:
+        newest = resume.lower() in ("true", "1", "yes")
+        found = output_dir.glob("checkpoint-*") if newest else [Path(resume)]
+        whole = [folder for folder in found if (folder / "trainer_state.json").is_file()]  # the file written last
+        if not whole:
+            stop(f"there is no whole checkpoint in {output_dir if newest else resume} to go on from")
+        return max(whole, key=lambda folder: int(folder.name.split("-")[-1])) if newest else whole[0]
+    files, marker = {path.name for path in output_dir.iterdir()}, output_dir / "run.json"
+    mine = marker.is_file() and json.loads(marker.read_text()) == {"script": SCRIPT, "toy": toy}
+    if files and not (mine and (toy or files == {"run.json"})):  # a toy run may replace its predecessor
         stop(
             f"{output_dir} holds another run. Give a new --output_dir, or go on with that run: "
             "--resume_from_checkpoint true"
         )
+    return None
+
+
+def start(output_dir: Path, toy: bool, resume: Path | None) -> None:
+    """Clears away an earlier toy run, and says whose folder this is from now on."""
+    if toy and not resume:
+        shutil.rmtree(output_dir)
+        output_dir.mkdir()
+    (output_dir / "run.json").write_text(json.dumps({"script": SCRIPT, "toy": toy}))
+
+
+def save(trainer, output_dir: Path) -> None:
+    """Writes the model beside its place and moves it there when it is whole: a full disk leaves no half of a model."""
+    unfinished, main_process = output_dir / "unfinished", trainer.accelerator.is_main_process
+    try:
+        trainer.save_model(str(unfinished))  # in every process: each may hold a part of the weights
+        for path in unfinished.iterdir() if main_process else ():
+            path.replace(output_dir / path.name)
+    finally:
+        if main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def main() -> None:
+    toy, script_args, training_args, model_args, mixture_args = parse(sys.argv[1:])
+    resume = check_folder(toy, training_args, model_args)
+    output_dir = Path(training_args.output_dir)
 
     # Data
     dataset = load_data(script_args, mixture_args)
     train_dataset = load_split(dataset, script_args.dataset_train_split)
     eval_dataset = None
-    if training_args.eval_strategy != "no" or toy:
+    if toy or training_args.eval_strategy != "no":
         eval_dataset = load_split(dataset, script_args.dataset_test_split)
-    problems = load_dataset(str(WORLD / "data" / "prompt_only"), split="test") if toy else None
-    tokenizer = load_tokenizer(model_args, training_args, next(iter(train_dataset)))
+    rows = list(islice(eval_dataset or (), 2))
+    tokenizer = load_tokenizer(script_args, training_args, model_args, next(iter(train_dataset)))
 
-    # Models: the policy that is trained, and the reference that it may not leave too far behind. Without ref_model the
-    # trainer loads the same weights a second time, or switches the adapter off where there is one (--use_peft).
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    } | (training_args.model_init_kwargs or {})
-
-    trainer = DPOTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    # Model and trainer
+    trainer = build(script_args, training_args, model_args, train_dataset, eval_dataset, tokenizer)
     say = trainer.accelerator.print
+    show_row(trainer)
 
-    # One row as the model sees it, and how many of the first thousand lose their end to max_length
-    rows = [row for _, row in zip(range(1000), trainer.train_dataset, strict=False)]
-    lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
-    limit = training_args.max_length or max(lengths, default=0)
-    cut = sum(length > limit for length in lengths)
-    if cut == len(lengths):
-        stop(
-            f"every pair is longer than max_length={limit} tokens, so no answer has an end: give a larger --max_length"
-        )
-    if cut:
-        say(f"{cut} of the first {len(lengths)} pairs are longer than max_length={limit} tokens and lose their end.\n")
-    for part in ("prompt_ids", "chosen_ids", "rejected_ids"):  # only the tokens of the two answers carry loss
-        say(f"{part:13}{tokenizer.decode(rows[0][part])}")
-
-    before, samples_before = held_out(trainer, problems)
+    # Train, with a look at the held-out data before and after
+    before, samples_before = held_out(trainer, rows, toy)
     if trainer.accelerator.is_main_process:
-        if earlier_toy and not resume:
-            shutil.rmtree(output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        marker.write_text(json.dumps({"script": "dpo.py", "toy": toy}))
-    PartialState().wait_for_everyone()
-    result = trainer.train(resume_from_checkpoint=resume)
-    after, samples_after = held_out(trainer, problems)
+        start(output_dir, toy, resume)
+    trainer.accelerator.wait_for_everyone()
+    started = time.perf_counter()
+    trainer.train(**({"resume_from_checkpoint": str(resume)} if resume else {}))
+    seconds = time.perf_counter() - started
+    after, samples_after = held_out(trainer, rows, toy)
 
-    say(f"\n{result.metrics['train_runtime']:.0f} s of training. Held out:")
+    say(f"\n{seconds:.0f} s of training. Held out:")
     for name, value in after.items():
         say(f"  {name:20}{before[name]:.3f} -> {value:.3f}")
     for (prompt, old), (_, new) in zip(samples_before, samples_after, strict=True):
         say(f"\n  {prompt}\n    before: {old}\n    after:  {new}")
 
     # Save
-    trainer.save_model()
+    save(trainer, output_dir)
     trainer.save_state()
     if trainer.accelerator.is_main_process:
-        (output_dir / "held_out.json").write_text(json.dumps({"before": before, "after": after}, indent=2))
+        result = {"seconds": seconds, "before": before, "after": after}
+        (output_dir / "held_out.json").write_text(json.dumps(result, indent=2))
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     say(f"\nThe model is in {output_dir}.")

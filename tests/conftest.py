@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["examples"]  # its fixtures
+
 CACHES = tempfile.TemporaryDirectory(prefix="annotated-trl-tests-")
 SETTINGS = {
     "HF_HUB_OFFLINE": "1",

@@ -62,8 +62,7 @@ def run(trainer: str, folder: Path, *flags: str) -> dict:
     output = folder / "outputs" / f"{trainer}-toy"
     state = json.loads((output / "trainer_state.json").read_text())
     held_out = json.loads((output / "held_out.json").read_text())
-    seconds = next(row["train_runtime"] for row in state["log_history"] if "train_runtime" in row)
-    return {"log": state["log_history"], "held_out": held_out, "seconds": seconds, "printed": done.stdout}
+    return {"log": state["log_history"], "held_out": held_out, "seconds": held_out["seconds"], "printed": done.stdout}
 
 
 def bands(logs: list[list[dict]]) -> dict[str, dict[str, list[float]]]:

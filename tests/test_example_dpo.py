@@ -1,0 +1,26 @@
+"""dpo.py: what all scripts are tested for, and what only this one has to show."""
+
+import pytest
+from examples import PREFERENCE, SHORT, Example, losses
+
+
+class TestDPO(Example):
+    name = "dpo"
+    formats = PREFERENCE
+    needs = ({"chosen", "rejected"},)
+    at_start = {"loss": (0.6931, 1e-4)}  # log 2: the policy is still the reference
+    printed = {
+        "prompt_ids": r"<\|user\|>[\d+]+<\|end\|><\|assistant\|>",
+        "chosen_ids": r".*#\d+<\|end\|>",
+        "rejected_ids": r".*<\|end\|>",
+    }
+    flags = ("--max_length", "64")
+
+    def test_an_adapter_starts_as_the_reference(self, call, tmp_path):
+        call("--use_peft", "--lora_r", "4", "--learning_rate", "1e-3", *SHORT, "--output_dir", "lora")
+        assert losses(tmp_path / "lora")[1] == pytest.approx(0.6931, abs=1e-3)
+
+    def test_a_max_length_that_cuts_every_pair_is_refused(self, real, refused):
+        flags = real()
+        for length in ("20", "4"):  # the answers are cut; the prompt alone does not fit, and TRL drops every row
+            assert f"max_length={length}" in refused(*flags, "--max_length", length)
