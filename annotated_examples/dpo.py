@@ -138,11 +138,8 @@ def build(script_args, training_args, model_args, train_dataset, eval_dataset, t
 
 def show_row(trainer) -> None:
     """Prints one row as the model sees it, and how many of the first thousand lose their end to max_length."""
-    rows, say, decode = (
-        list(islice(trainer.train_dataset, 1000)),
-        trainer.accelerator.print,
-        trainer.processing_class.decode,
-    )
+    say, tokenizer = trainer.accelerator.print, trainer.processing_class
+    rows = list(islice(trainer.train_dataset, 1000))
     lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
     limit = trainer.args.max_length or max(lengths, default=0)
     cut = sum(length > limit for length in lengths)
@@ -153,7 +150,7 @@ def show_row(trainer) -> None:
     if cut:
         say(f"{cut} of the first {len(lengths)} pairs are longer than max_length={limit} tokens and lose their end.\n")
     for part in ("prompt_ids", "chosen_ids", "rejected_ids"):  # only the tokens of the two answers carry loss
-        say(f"{part:13}{decode(rows[0][part])}")
+        say(f"{part:13}{tokenizer.decode(rows[0][part])}")
 
 
 # ----------------------------------------------------------------------------------------------------------- held out
@@ -163,7 +160,7 @@ FIGURES = ("loss", "rewards/accuracies")  # what the evaluation logs that is wor
 
 def prompt_ids(row: dict, tokenizer) -> list[int]:
     """The tokens of a row up to the point where the answer begins."""
-    row = maybe_extract_prompt(row)
+    row = {"prompt": row["messages"][:-1]} if "messages" in row else maybe_extract_prompt(row)
     if is_conversational(row):
         return tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
     return tokenizer(row["prompt"])["input_ids"]
@@ -187,6 +184,7 @@ def held_out(trainer, rows: list[dict], toy: bool) -> tuple[dict[str, float], li
     figures = {name: metrics[f"eval_{name}"] for name in FIGURES if f"eval_{name}" in metrics}
     if toy:
         rows = list(load_dataset(str(WORLD / "data" / "prompt_only"), split="test"))
+    rows = [row for row in rows if "text" not in row]  # plain text has no prompt
     if not rows:
         return figures, []
     prompts = [prompt_ids(row, trainer.processing_class) for row in rows]
