@@ -23,7 +23,9 @@ check: environment ## lint, spelling, and whether everything generated is up to 
 	$(PYTHON) -m ruff format --check
 	git ls-files -co --exclude-standard -z | xargs -0 $(PYTHON) -m codespell_lib
 	$(PYTHON) tools/pins.py sync --check
+	$(PYTHON) tools/scripts.py --check
 	$(PYTHON) tools/walkthroughs.py sync --check
+	$(PYTHON) tools/drift.py --page --check
 	$(COG) --check --check-fail-msg='run make sync' $(GENERATED)
 
 site: environment ## build the site into site/; every warning is an error
@@ -36,15 +38,17 @@ serve: environment ## show the site on this machine and follow changes
 
 sync: environment ## write again everything that is generated in place
 	$(PYTHON) tools/pins.py sync
+	$(PYTHON) tools/scripts.py
 	$(PYTHON) tools/walkthroughs.py sync
 	$(COG) -r $(GENERATED)
 	for page in reference_guides/*.md annotated_trainers/*.md; do $(PYTHON) tests/markdown_pages.py --write $$page || exit 1; done
+	$(PYTHON) tools/drift.py --page
 
 coverage: environment ## how much of each trainer's code its walkthrough explains
 	$(PYTHON) tools/walkthroughs.py coverage
 
 drift: environment ## what another release of TRL does to the pages: make drift TRL=1.16.0
-	$(if $(TRL),,$(error say which release: make drift TRL=1.16.0))$(PYTHON) tools/walkthroughs.py drift $(TRL)
+	$(if $(TRL),,$(error say which release: make drift TRL=1.16.0))$(PYTHON) tools/drift.py $(TRL)
 
 bump: environment ## move the pin of TRL, regenerate, list what to read again: make bump TRL=1.16.0
 	$(if $(TRL),,$(error say which release: make bump TRL=1.16.0))$(PYTHON) tools/pins.py bump $(TRL)

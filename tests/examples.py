@@ -274,8 +274,8 @@ class Example:
         _, done = bare
         for label, pattern in self.printed.items():
             assert re.search(rf"^{label} +{pattern}$", done.stdout, re.M), label
-        befores, afters = (re.findall(rf"^    {when}: ", done.stdout, re.M) for when in ("before", "after"))
-        assert len(befores) == len(afters) == 3
+        old, new = (re.findall(rf"^    {when}: ", done.stdout, re.M) for when in ("before", "after"))
+        assert len(old) == len(new) == 3
 
     def test_the_captured_output_on_the_pages_is_what_the_command_prints(self, bare):
         _, done = bare

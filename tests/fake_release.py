@@ -5,7 +5,8 @@ from pathlib import Path
 from trl_source import Source
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted(path for path in (ROOT / "annotated_trainers").glob("*.md") if path.name != "index.md")
+NOT_WALKTHROUGHS = {"index.md", "newest_trl.md"}
+PAGES = sorted(path for path in (ROOT / "annotated_trainers").glob("*.md") if path.name not in NOT_WALKTHROUGHS)
 
 
 def release(folder: Path, version: str, modules: dict[str, str]) -> Source:

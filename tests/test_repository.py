@@ -20,6 +20,7 @@ import yaml
 from commands import TESTED_COMMANDS
 from markdown_pages import fences
 from packaging.requirements import Requirement
+from trl_source import newest_version
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -80,7 +81,7 @@ def test_what_is_said_to_run_a_command_exists(command, runner):
         return
     file, name = runner.split("::")
     tree = ast.parse((ROOT / file).read_text("utf-8"))
-    assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 
 @pytest.fixture
@@ -139,6 +140,13 @@ def test_trl_is_pinned_in_one_place_and_its_copies_agree():
     assert {version for _, version in found} == {PINNED}
 
 
+def test_the_newest_release_stands_in_one_place_and_is_not_older_than_the_pinned_one():
+    assert [newest_version()] == pins.NEWEST.findall(files()["pyproject.toml"])
+    assert pins.order(newest_version()) >= pins.order(PINNED)
+    assigned = re.compile(rf"^\s*\w+ *[:=] *[\"']?{re.escape(newest_version())}[\"']?", re.M)
+    assert [name for name, text in files().items() if assigned.search(text)] == ["pyproject.toml"]
+
+
 def test_no_tool_test_or_workflow_names_the_pinned_version():
     allowed = re.compile(r"pyproject\.toml|annotated_examples/\w+\.py|.*\.md")
     assert [line for line in pins.mentions(PINNED) if not allowed.fullmatch(line.split(":")[0])] == []
@@ -160,7 +168,9 @@ def test_readme_shows_the_ranges_of_pyproject():
 def test_links_to_lines_of_trl_go_to_the_pinned_release():
     link = re.compile(r"github\.com/huggingface/trl/(?:blob|tree)/([^/\s)]+)/[^\s)]*#L\d")
     pages = {name: text for name, text in files().items() if name.endswith(".md")}
+    between = pages.pop("annotated_trainers/newest_trl.md")
     assert {(name, tag) for name, text in pages.items() for tag in link.findall(text) if tag != f"v{PINNED}"} == set()
+    assert set(link.findall(between)) <= {f"v{PINNED}", f"v{newest_version()}"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -250,7 +260,7 @@ def test_bump_moves_the_pin_and_lists_what_to_read_again(small_repository, capsy
     assert status == 0
     assert pins.pinned(small_repository) == "7.2"
     assert [command.split(" PYTHON")[0] for command in started] == [
-        "tools/walkthroughs.py drift 7.2",
+        "tools/drift.py 7.2",
         "-m pip install --quiet -e .",
         "--keep-going sync",
     ]
@@ -258,6 +268,13 @@ def test_bump_moves_the_pin_and_lists_what_to_read_again(small_repository, capsy
     assert "page.md:1: TRL 7.1 does so." in printed
     assert "page.md:2" not in printed
     assert "dpo.json: measured with TRL 7.1" in printed
+
+
+@pytest.mark.parametrize(("newest", "after"), [("7.1.9", "7.2"), ("7.2", "7.2"), ("7.10", "7.10")])
+def test_bump_leaves_no_newest_release_that_is_older_than_the_pin(small_repository, newest, after):
+    (small_repository / "pyproject.toml").write_text(PYPROJECT + f'[tool.annotated-trl]\nnewest = "{newest}"\n')
+    assert bumped(small_repository)[0] == 0
+    assert pins.NEWEST.findall((small_repository / "pyproject.toml").read_text()) == [after]
 
 
 @pytest.mark.parametrize("step", ["drift", "pip install"])
@@ -468,7 +485,7 @@ def test_the_status_names_the_scripts_that_are_there():
     done, to_come = re.search(r"^Done: (.*?)\. To come: (.*?)\.$", README, re.M | re.S).groups()
     names = [set(re.findall(r"`(\w+)`", part)) for part in (done, to_come)]
     assert names[0] == {path.stem for path in SCRIPTS}
-    assert names[0] == {path.stem for path in (ROOT / "annotated_trainers").glob("*.md")} - {"index"}
+    assert names[0] == {path.stem for path in (ROOT / "annotated_trainers").glob("*.md")} - {"index", "newest_trl"}
     assert names[0] | names[1] == TRAINERS and not names[0] & names[1]
 
 

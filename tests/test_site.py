@@ -316,7 +316,7 @@ def test_axe_finds_no_serious_fault_of_access_on_a_page_of_each_kind(browser, si
     """Contrast, names for screen readers, reach by keyboard: what a machine can see of them (axe-core, from npm)."""
     faults = {}
     with window(browser, color_scheme=scheme, reduced_motion="reduce") as context:
-        for url in ("", "annotated_examples/dpo/", "reference_guides/notation/"):
+        for url in ("", "annotated_examples/dpo/", "annotated_trainers/newest_trl/", "reference_guides/notation/"):
             tab = context.new_page()
             tab.goto(site + url)
             tab.add_script_tag(path=ROOT / "tools/site/node_modules/axe-core/axe.min.js")

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import drift
 import pytest
 import stage
 import yaml
+from trl_source import Source, newest_version, pinned_version
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "tools" / "site"
@@ -191,6 +193,50 @@ def test_directives_are_rendered_and_one_that_is_not_is_an_error(repository):
         staged(root, "annotated_trainers/dpo.md")
 
 
+BETWEEN = f"""\
+# What changes
+
+<!-- drift: {pinned_version()} -> {newest_version()} -->
+
+Lines [1](dpo.md) → [1](dpo.md).
+
+<!-- drift: trl.trainer.dpo_trainer.DPOTrainer.training_step 1 -> 1 -->
+"""
+
+
+def test_without_the_newest_release_the_site_is_built_and_says_what_is_missing(repository, monkeypatch, capsys):
+    def obtain(target):
+        raise drift.Unavailable(f"pip cannot download TRL {target}: no index")
+
+    monkeypatch.setattr(drift, "obtain", obtain)
+    root = repository(**{"annotated_trainers/newest_trl.md": BETWEEN})
+    page = staged(root, "annotated_trainers/newest_trl.md", render=None)
+    assert "<!--" not in page
+    assert page.count("could not be had when this site was built, so the difference is not shown here") == 1
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: annotated_trainers/newest_trl.md shows no differences, only links: pip cannot")
+    assert warning.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "message"),
+    [
+        (f"-> {newest_version()}", "-> 0.0.1", r"newest_trl.md is not about TRL .*: run `make sync`"),
+        (f"<!-- drift: {pinned_version()}", "<!-- other: 1", r"newest_trl.md is not about TRL .*: run `make sync`"),
+        (" 1 -> 1 -->", " 1 => 1 -->", r"newest_trl.md:7: .*is no directive"),
+        ("<!-- drift: trl", " <!-- drift: trl", r"the directive `drift: trl.* was not rendered"),
+        (" 1 -> 1 -->", " 1 -> 1 -->", r"lines 1-1 are not in `trl.trainer.dpo_trainer.DPOTrainer.training_step`"),
+    ],
+)
+def test_a_difference_that_does_not_hold_stops_the_build(repository, monkeypatch, right, wrong, message):
+    monkeypatch.setattr(drift, "obtain", lambda target: Source.installed())
+    text = BETWEEN
+    assert right in text
+    root = repository(**{"annotated_trainers/newest_trl.md": text.replace(right, wrong, 1)})
+    with pytest.raises(stage.StageError, match=message):
+        staged(root, "index.md", render=None)
+
+
 def test_a_directive_that_does_not_hold_is_reported_with_all_the_others(repository):
     def render(text, page):
         raise ValueError("anchor not found")
@@ -264,6 +310,14 @@ def test_a_folder_gets_a_page_that_lists_its_pages_unless_somebody_wrote_one(rep
     assert "\n- [DPO, line by line](dpo.md)\n" in staged(repository(), "annotated_trainers/index.md")
     root = repository(**{"annotated_trainers/index.md": "# By hand\n"})
     assert staged(root, "annotated_trainers/index.md") == "# By hand\n"
+
+
+def test_the_page_between_two_releases_comes_after_all_walkthroughs(repository):
+    pages = {f"annotated_trainers/{name}.md": f"# {name}\n" for name in ("newest_trl", "online_dpo")}
+    root = repository(**pages)
+    listed = re.findall(r"^- .*\((.*)\)$", staged(root, "annotated_trainers/index.md"), re.M)
+    assert listed == ["dpo.md", "online_dpo.md", "newest_trl.md"]
+    assert navigation(root)[2]["Annotated trainers"][-1] == "annotated_trainers/newest_trl.md"
 
 
 # Navigation
@@ -352,7 +406,8 @@ def test_a_failing_npm_is_an_error_that_quotes_it(repository, monkeypatch):
 def test_the_command_prints_the_error_and_no_traceback(tmp_path):
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools/stage.py").write_bytes((ROOT / "tools/stage.py").read_bytes())
-    (tmp_path / "tools/walkthroughs.py").write_text("def render(text, page):\n    return text\n")
+    for name in ("walkthroughs", "drift"):
+        (tmp_path / f"tools/{name}.py").write_text("def render(text, page):\n    return text\n")
     done = subprocess.run([sys.executable, tmp_path / "tools/stage.py"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("stage: ") and "has no README.md" in done.stderr and "Traceback" not in done.stderr

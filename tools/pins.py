@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PIN = re.compile(r'"trl==([^"]+)"')
+NEWEST = re.compile(r'^newest = "([^"]+)"$', re.M)  # the release that tools/drift.py compares the pinned one with
 VERSION = re.compile(r"\d+(\.\d+)+((a|b|rc|\.dev|\.post)\d+)?")
 BLOCK = re.compile(r"^# /// script\n(?:#.*\n)*?# ///\n", re.M)
 
@@ -36,6 +37,11 @@ def pinned(root: Path = ROOT) -> str:
     if len(found) != 1:
         raise PinError(f'pyproject.toml: expected one "trl==VERSION", found {len(found)}')
     return found[0]
+
+
+def order(version: str) -> list[int]:
+    """What versions are compared by: 1.9 comes before 1.16.0."""
+    return [int(number) for number in re.findall(r"\d+", version)]
 
 
 def table(root: Path = ROOT) -> None:
@@ -116,11 +122,14 @@ def bump(version: str, root: Path = ROOT, run: Callable[[list[str]], int] | None
         raise PinError(f"pyproject.toml pins TRL {old} already")
     python = sys.executable
     print(f"1. What TRL {version} does to the walkthroughs\n", flush=True)
-    if run([python, "tools/walkthroughs.py", "drift", version]) != 0:
+    if run([python, "tools/drift.py", version]) != 0:
         raise PinError(f"TRL {version} could not be read (above); nothing was changed")
     print(f"\n2. The pin moves from {old} to {version}, and this environment with it\n", flush=True)
     before = file.read_text("utf-8")
-    file.write_text(before.replace(f'"trl=={old}"', f'"trl=={version}"'), "utf-8")
+    text = before.replace(f'"trl=={old}"', f'"trl=={version}"')
+    if (newest := NEWEST.search(text)) and order(newest[1]) < order(version):
+        text = NEWEST.sub(f'newest = "{version}"', text)
+    file.write_text(text, "utf-8")
     if run([python, "-m", "pip", "install", "--quiet", "-e", "."]) != 0:
         file.write_text(before, "utf-8")
         raise PinError(f"TRL {version} could not be installed with these ranges (above); nothing was changed")

@@ -8,8 +8,8 @@ The Markdown of this repository is written to be read on a Git host. Five things
 1. README.md becomes the home page, and every script under annotated_examples/ gets a page that shows all of it.
 2. Links follow: a link to a script goes to the script's page, a link to any other file (a test, pyproject.toml) goes
    to a page that shows that file. So no link leaves the site, and the site needs no Git host to work.
-3. The directives (excerpts of TRL, left-out lines) are rendered by tools/walkthroughs.py; a formula's name becomes an
-   anchor; all other HTML comments are dropped.
+3. The directives (excerpts of TRL, left-out lines) are rendered by tools/walkthroughs.py, those of the differences
+   between two releases by tools/drift.py; a formula's name becomes an anchor; all other HTML comments are dropped.
 4. The navigation of tools/site/nav.yml, less the pages that do not exist yet, is written to build/nav.yml, which
    mkdocs.yml inherits.
 5. KaTeX and Mermaid are taken from npm (versions and checksums in tools/site/package-lock.json), so that a reader's
@@ -143,7 +143,8 @@ INLINE_TARGET = re.compile(r"\]\(\s*(<[^>\n]+>|[^()\s]+(?:\([^()\s]*\)[^()\s]*)*
 REFERENCE_TARGET = re.compile(r"^ {0,3}\[[^\]\n]+\]:\s+(\S+)", re.M)
 HTML_TARGET = re.compile(r"<(?:a|img|source)\b[^>]*?\b(?:href|src|srcset)=\"([^\"]+)\"")
 ELSEWHERE = re.compile(r"^(?:[a-z][a-z0-9+.-]*:|//|#)", re.I)
-UNRENDERED = re.compile(r"^\s*(/?excerpt|left-out|covers)\b")
+UNRENDERED = re.compile(r"^\s*(/?excerpt|left-out|covers|drift)\b")
+BETWEEN_RELEASES = "annotated_trainers/newest_trl.md"  # about all walkthroughs, so it comes after them
 
 
 class Site:
@@ -183,8 +184,10 @@ class Site:
                 text = (self.root / source).read_text("utf-8")
                 # Their titles hold the words that one searches for; still the page on a trainer should come first.
                 is_index = source == "README.md" or source.endswith("/index.md")
-                boost = 0.2 if is_index else 2 if source.startswith("annotated_trainers/") else 1
-                self.add(page, self.markdown(text, source), source=source, search={"boost": boost})
+                search = {"boost": 0.2 if is_index else 2 if source.startswith("annotated_trainers/") else 1}
+                if source == BETWEEN_RELEASES:
+                    search = {"exclude": True}  # it has the words of the walkthroughs, which should be found
+                self.add(page, self.markdown(text, source), source=source, search=search)
         if self.errors:
             raise StageError("\n".join(sorted(set(self.errors))))
 
@@ -257,7 +260,7 @@ class Site:
 
     def index(self, folder: str) -> str:
         rows = []
-        for source in self.pages:
+        for source in sorted(self.pages, key=lambda name: name == BETWEEN_RELEASES):
             if posixpath.dirname(source) != folder or source in self.indexes:
                 continue
             name = posixpath.basename(source)
@@ -489,21 +492,22 @@ def vendored(folder: Path) -> dict[str, bytes]:
 # Writing
 
 
-def walkthroughs_render() -> Render:
+def directives_render() -> Render:
     sys.path.insert(0, str(Path(__file__).resolve().parent))
-    from walkthroughs import render
+    import drift
+    import walkthroughs
 
-    return render
+    return lambda text, page: drift.render(walkthroughs.render(text, page), page)
 
 
 def stage(root: Path = ROOT, render: Render | None = None, in_place: bool = False, vendor: bool = True) -> int:
     """Make `root`/build/docs and `root`/build/nav.yml; return the number of staged files.
 
-    `render(markdown, page)` turns directives into Markdown (default: tools/walkthroughs.py). With `in_place` only the
+    `render(markdown, page)` turns directives into Markdown (default: tools/walkthroughs.py, then tools/drift.py). With `in_place` only the
     files that differ are written, which is what a running `mkdocs serve` can follow; otherwise the whole folder is
     replaced. Raises StageError, having written nothing, when a page cannot be made.
     """
-    site = Site(root, render or walkthroughs_render())
+    site = Site(root, render or directives_render())
     site.add_pages()
     nav = site.navigation(yaml.safe_load((root / "tools/site/nav.yml").read_text("utf-8")))
     site.files |= assets(root / "tools/site")

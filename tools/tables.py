@@ -83,3 +83,17 @@ def printed(trainer: str) -> None:
     print(f"\n<!-- output: {path.as_posix()} -->\n```text")
     print("\n".join(kept))
     print("```\n")
+
+
+def rebuild() -> None:
+    """What building the toy world from nothing gave on another machine, beside the committed models."""
+    result = json.loads((ROOT / "annotated_examples" / "toy" / "rebuild.json").read_text())
+    again, committed = ({**part["right answers"], **part["pairs in order"]} for part in (result, result["committed"]))
+    measured = {"policy": "right answers", "teacher": "right answers", "reward_model": "pairs in order"}
+    print("\n| | committed | built again |\n| --- | --- | --- |")
+    for name, what in measured.items():
+        print(f"| `{name}`, {what} on the test split | {committed[name]:.3f} | {again[name]:.3f} |")
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    minutes = result["seconds"] / 60
+    print(f"\n`{result['command']}` took {minutes:.0f} minutes ({result['machine']['cpu']}, cores: ", end="")
+    print(f"{result['machine']['cores']}; {versions}).\n")

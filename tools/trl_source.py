@@ -35,7 +35,11 @@ class SymbolError(SourceError):
 
 
 class AnchorError(SourceError):
-    """An anchor matches no line, or several."""
+    """An anchor matches no line, or several; `key` names it, `hits` says how many lines it matches."""
+
+    def __init__(self, message: str, key: str, hits: int):
+        super().__init__(message)
+        self.key, self.hits = key, hits
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,14 @@ def pinned_version() -> str:
     """The version of TRL that pyproject.toml pins, the one place where it stands."""
     dependencies = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
     return next(entry.removeprefix("trl==").strip() for entry in dependencies if entry.startswith("trl=="))
+
+
+def newest_version() -> str:
+    """The release that the pages are compared with, `newest` in pyproject.toml, the one place where it stands."""
+    table = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["tool"].get("annotated-trl", {})
+    if "newest" not in table:
+        raise SourceError('pyproject.toml names no newest TRL: add `newest = "VERSION"` under [tool.annotated-trl]')
+    return table["newest"]
 
 
 def code_lines(text: str, tree: ast.Module) -> frozenset[int]:
@@ -276,8 +288,10 @@ class Source:
         if hits:
             found = "; ".join(f"line {number}: `{texts[number]}`" for number in hits)
             raise AnchorError(
-                f"{message}, and must match one: {found}. Lengthen it, or add an `after:` or `before:` anchor"
+                f"{message}, and must match one: {found}. Lengthen it, or add an `after:` or `before:` anchor",
+                key,
+                len(hits),
             )
         near = difflib.get_close_matches(fold(anchor), texts.values(), 2, 0.5)
         found = "; ".join(f"line {number}: `{text}`" for number, text in texts.items() if text in near and text)
-        raise AnchorError(message + (f". Nearest: {found}" if found else ". No line of the symbol comes near"))
+        raise AnchorError(message + (f". Nearest: {found}" if found else ". No line of the symbol comes near"), key, 0)

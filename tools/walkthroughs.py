@@ -2,26 +2,22 @@
 
     python tools/walkthroughs.py sync [--check] [PAGE ...]     write (or check) the links and tables made from the directives
     python tools/walkthroughs.py coverage [--lines PAGE]       how much of the covered methods is shown; which lines are missing
-    python tools/walkthroughs.py drift TARGET [--fail]         what another release (a version, wheel or folder) does to the pages
 
 A page names TRL's lines in HTML comments: `covers`, `excerpt` and `left-out`; CONTRIBUTING.md shows how to write them.
-tools/stage.py calls `render` to put the true lines beside the notes on the site.
+tools/stage.py calls `render` to put the true lines beside the notes on the site. tools/drift.py says what another release
+does to them.
 """
 
 import argparse
 import dataclasses
 import difflib
 import html
-import json
 import re
-import subprocess
 import sys
-import tempfile
 import textwrap
-import zipfile
 from pathlib import Path
 
-from trl_source import REPOSITORY, Block, Source, SourceError, SymbolError, fold
+from trl_source import REPOSITORY, Block, Source, SourceError
 
 PAGES = REPOSITORY / "annotated_trainers"
 MOST_CODE_LINES = 22  # of one excerpt
@@ -30,6 +26,7 @@ TABLES = ("left-out-table", "coverage-table")
 MARK = re.compile(r"<!--\s*(/?)\s*(left-out-table|coverage-table|excerpt|left-out|covers)\b")
 CANONICAL = re.compile(r"<!-- (?:(?:excerpt|left-out|covers):|/excerpt -->$|/?(?:left-out|coverage)-table -->$)")
 FENCE = re.compile(r"[ >]*(?:[-*+] +|\d+[.)] +)?(`{3,}(?=[^`]*$)|~{3,})(.*)")  # also in a list or a quote
+HEADING = re.compile(r"(#+) +(.+?)\s*$")
 LINK = re.compile(r"\[`[^`]+`, lines? [\d-]+\]\(https://github\.com/huggingface/trl/blob/")
 
 
@@ -90,6 +87,7 @@ class Page:
         self.covers: dict[str, int] = {}  # symbol -> line on the page
         self.tables: dict[str, tuple[int, int]] = {}  # name -> indices of its two marks
         self.hidden: set[int] = set()  # indices of page lines that belong to directives
+        self.headings: list[tuple[int, str]] = []  # line on the page, text
         self.problems: list[str] = []
         self._parse()
         self._resolve()
@@ -107,6 +105,8 @@ class Page:
                     fence, fence_line = mark[1], number
                 elif mark[1].startswith(fence) and not mark[2].strip():
                     fence = ""
+            elif not fence and (heading := HEADING.match(line)):
+                self.headings.append((number, heading[2]))
             mark = None if fence else MARK.search(line)
             if not mark:
                 continue
@@ -216,6 +216,14 @@ class Page:
                 self.problem(1, f"no place for a table: add `<!-- {name} -->` and `<!-- /{name} -->`")
         if self.quotes and not self.covers:
             self.problem(self.quotes[0].line, "the page quotes TRL and covers nothing: add `<!-- covers: ... -->`")
+
+    @property
+    def title(self) -> str:
+        return self.headings[0][1] if self.headings else self.name
+
+    def section(self, line: int) -> str:
+        """The text of the heading under which a line of the page stands; "" above the first one."""
+        return next((text for number, text in reversed(self.headings) if number <= line), "")
 
     def rows(self) -> list[Row]:
         """One row per covered symbol, and at the end one for all of them, where a line counts once."""
@@ -350,122 +358,6 @@ def excerpt_block(block: Block, source: Source) -> str:
 """
 
 
-def obtain(target: str) -> Source:
-    """The release named by a folder, a wheel or a version; a version is fetched with pip and kept in .cache/."""
-    path = Path(target)
-    if path.is_dir():
-        return Source.at(path)
-    if not path.is_file() and not re.fullmatch(r"\d+(\.\w+)+", target):
-        raise SourceError(f"`{target}` is neither a folder, nor a wheel, nor a version like 1.16.0")
-    kept = REPOSITORY / ".cache" / (path.stem if path.is_file() else f"trl-{target}")
-    if not kept.is_dir():
-        kept.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-            if not path.is_file():
-                options = [
-                    "--no-deps",
-                    "--only-binary",
-                    ":all:",
-                    "--ignore-requires-python",
-                    "--quiet",
-                    "--dest",
-                    scratch,
-                ]
-                command = [sys.executable, "-m", "pip", "download", *options, f"trl=={target}"]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    raise SourceError(f"pip cannot download TRL {target}: {done.stderr.strip()[-400:]}")
-                path = next(Path(scratch).glob("trl-*.whl"))
-            with zipfile.ZipFile(path) as wheel:
-                wheel.extractall(Path(scratch) / "files")
-            (Path(scratch) / "files").rename(kept)
-    return Source.at(kept)
-
-
-def compare(page: Page, new: Source) -> dict[str, list[dict]]:
-    """What a page owes another release: symbols gone, anchors broken, excerpts changed or moved, lines gained."""
-    found: dict[str, list[dict]] = {key: [] for key in ("gone", "broken", "changed", "moved", "gained")}
-    now: dict[str, str | None] = {}
-    for symbol in dict.fromkeys([*page.covers, *(quote.symbol for quote in page.quotes)]):
-        try:
-            new.symbol(symbol)
-            now[symbol] = symbol
-        except SymbolError as error:
-            others = new.elsewhere(symbol)
-            same = [other for other in others if other.split(".")[-1] == symbol.split(".")[-1]]
-            now[symbol] = same[0] if len(same) == 1 else None
-            used = [q.line for q in page.quotes if q.symbol == symbol]
-            found["gone"].append({"symbol": symbol, "now": others, "page_lines": used, "message": str(error)})
-    explained: set[tuple[str, int]] = set()
-    for quote in page.quotes:
-        if not now[quote.symbol]:
-            continue
-        entry = {"kind": quote.kind, "symbol": quote.symbol, "page_line": quote.line}
-        try:
-            block = quote.select(new, now[quote.symbol])
-        except SourceError as error:
-            found["broken"].append({**entry, "message": str(error), "reread": quote.reread})
-            continue
-        explained |= places(block)
-        entry |= {"old": [quote.block.first, quote.block.last], "new": [block.first, block.last]}
-        before, after = (textwrap.dedent("\n".join(b.lines)).split("\n") for b in (quote.block, block))
-        if before != after:
-            diff = list(difflib.unified_diff(before, after, n=1, lineterm=""))[2:]
-            found["changed"].append({**entry, "reread": quote.reread, "diff": diff})
-        elif quote.kind == "excerpt" and (block.first, block.path) != (quote.block.first, quote.block.path):
-            found["moved"].append(entry)
-    for symbol, old in page.covered.items():
-        if not now[symbol]:
-            continue
-        block = new.symbol(now[symbol])
-        texts = [[fold(b.lines[n - b.first]) for n in sorted(b.code)] for b in (old, block)]
-        changes = difflib.SequenceMatcher(None, *texts, autojunk=False).get_opcodes()
-        numbers = [n for tag, _, _, low, high in changes if tag != "equal" for n in sorted(block.code)[low:high]]
-        lines = [[n, block.lines[n - block.first].rstrip()] for n in numbers if (block.path, n) not in explained]
-        if lines:
-            found["gained"].append({"symbol": symbol, "lines": lines})
-    return found
-
-
-def drift_report(old: str, new: str, pages: dict[str, dict[str, list[dict]]]) -> str:
-    """The comparison as Markdown that reads well as plain text."""
-    out = [f"# From TRL {old} to {new}", "", "| Page | gone | broken | changed | moved | gained lines |"]
-    out.append("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for name, found in pages.items():
-        counts = [len(found[key]) for key in ("gone", "broken", "changed", "moved")]
-        counts.append(sum(len(entry["lines"]) for entry in found["gained"]))
-        out.append(f"| {name} | " + " | ".join(map(str, counts)) + " |")
-    for name, found in pages.items():
-        if any(found.values()):
-            out += ["", f"## {name}"]
-        if found["gone"]:
-            out += ["", "### Symbols that are gone", ""]
-            out += [
-                f"- {e['message']} (used in {spans(e['page_lines']) if e['page_lines'] else 'covers'})"
-                for e in found["gone"]
-            ]
-        if found["broken"]:
-            out += ["", "### Anchors that no longer hold", ""]
-            for e in found["broken"]:
-                out.append(
-                    f"- line {e['page_line']}, {e['kind']} of `{e['symbol']}`: {e['message']}. Reread {e['reread']}"
-                )
-        if found["changed"]:
-            out += ["", "### Lines that changed", ""]
-            for e in found["changed"]:
-                numbers = f"{e['old'][0]}-{e['old'][1]} -> {e['new'][0]}-{e['new'][1]}"
-                out += [f"Line {e['page_line']}, {e['kind']} of `{e['symbol']}`, {numbers}. Reread {e['reread']}", ""]
-                out += ["````diff", *e["diff"][:30], *(["..."] if len(e["diff"]) > 30 else []), "````", ""]
-        if found["gained"]:
-            out += ["", "### Covered lines that nobody explains", ""]
-            for e in found["gained"]:
-                out += [f"`{e['symbol']}`", "", "````text", *(f"{n:>5}  {text}" for n, text in e["lines"]), "````", ""]
-        if found["moved"]:
-            out += ["", "### Excerpts that only moved", ""]
-            out += ["; ".join(f"`{e['symbol'].split('.')[-1]}` {e['old'][0]} -> {e['new'][0]}" for e in found["moved"])]
-    return "\n".join(out) + "\n"
-
-
 def sync(args: argparse.Namespace, source: Source) -> int:
     stale = []
     for page in load(args.pages, source, args.names):
@@ -500,22 +392,6 @@ def coverage(args: argparse.Namespace, source: Source) -> int:
     return 1 if any(page.rows()[-1].unaccounted for page in pages) else 0
 
 
-def drift(args: argparse.Namespace, source: Source) -> int:
-    target = obtain(args.target)
-    pages = {page.name: compare(page, target) for page in load(args.pages, source) if page.covers}
-    report = drift_report(source.version, target.version, pages)
-    if args.json:
-        args.json.write_text(
-            json.dumps({"from": source.version, "to": target.version, "pages": pages}, indent=1) + "\n", "utf-8"
-        )
-    if args.markdown:
-        args.markdown.write_text(report, "utf-8")
-    if not args.json and not args.markdown:
-        print(report)
-    serious = any(found[key] for found in pages.values() for key in found if key != "moved")
-    return 1 if args.fail and serious else 0
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pages", type=Path, default=PAGES, help="folder of the walkthroughs")
@@ -528,15 +404,10 @@ def main(argv: list[str] | None = None) -> int:
         "coverage", help="share of the covered code lines that is shown; exit 1 if lines are missing"
     )
     command.add_argument("--lines", metavar="PAGE", help="print the lines of this page that are missing")
-    command = commands.add_parser("drift", help="what another release of TRL does to the pages")
-    command.add_argument("target", help="a version, a wheel, or a folder with an unpacked TRL")
-    command.add_argument("--json", type=Path, metavar="FILE")
-    command.add_argument("--markdown", type=Path, metavar="FILE")
-    command.add_argument("--fail", action="store_true", help="exit 1 if anything but line numbers is different")
     args = parser.parse_args(argv)
     try:
         source = Source.at(args.trl) if args.trl else Source.installed()
-        return {"sync": sync, "coverage": coverage, "drift": drift}[args.command](args, source)
+        return {"sync": sync, "coverage": coverage}[args.command](args, source)
     except (PageError, SourceError) as error:
         print(error, file=sys.stderr)
         return 2
