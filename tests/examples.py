@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
+import drift
 import pytest
+import trl_source
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "annotated_examples"
@@ -177,6 +179,7 @@ class Example:
     resumes: ClassVar[bool] = True
     adapter: ClassVar[bool] = True
     flags: ClassVar[tuple[str, ...]] = ()  # of its own, for one step with a tiny model
+    removed: ClassVar[str | None] = None  # the release of TRL that has the trainer no more
 
     @pytest.fixture(scope="class")
     def path(self, small_world) -> Path:
@@ -361,8 +364,7 @@ class Example:
         done = run(command, tmp_path)
         assert done.returncode != 0
         output = tmp_path / "outputs" / f"{self.name}-toy"
-        assert not list(output.rglob("*.safetensors"))
-        assert not (output / "unfinished").exists()
+        assert {path.name for path in output.iterdir()} <= {"run.json", "runs"}
 
     def test_an_output_folder_that_cannot_be_written_is_refused_before_training(self, call, tmp_path):
         (tmp_path / "file").write_text("not a folder")
@@ -407,6 +409,20 @@ class Example:
         output = tmp_path / "outputs" / f"{self.name}-{model.name}"
         assert set(losses(output)) == {1}
         assert (output / "model.safetensors").is_file()
+
+    def test_on_the_newest_trl_it_runs_or_says_what_does(self, path, tmp_path):
+        try:
+            newest = drift.obtain(trl_source.newest_version()).package.parent
+        except drift.Unavailable as error:
+            pytest.skip(str(error))
+        done = run(python(path, *SHORT), tmp_path, PYTHONPATH=str(newest))
+        if self.removed:
+            assert done.returncode == 1
+            for words in (f"removed in TRL {self.removed}", f"uv run {self.name}.py", "pip install 'trl==1.12.0'"):
+                assert words in done.stderr
+        else:
+            assert done.returncode == 0, done.stderr[-2000:]
+            assert set(losses(tmp_path / "outputs" / f"{self.name}-toy")) == {1, 2}
 
     # -- the settings ----------------------------------------------------------------------------------------------------
 
