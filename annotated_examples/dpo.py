@@ -46,6 +46,7 @@ from pathlib import Path
 import torch
 import yaml
 from datasets import load_dataset
+from datasets.exceptions import DatasetGenerationError
 from packaging.version import Version
 from transformers import AutoTokenizer, set_seed
 from transformers.utils import is_torch_bf16_gpu_available
@@ -201,12 +202,17 @@ def held_out(trainer, rows: list[dict], toy: bool) -> tuple[dict[str, float], li
 
 
 def parse(command_line: list[str]):
-    """Toy settings without a model name, real ones with it; then the YAML file; then the flags."""
-    given = {word.split("=")[0].removeprefix("--") for word in command_line if word.startswith("--")}
+    """Toy settings for the toy policy and for what was trained from it, real ones else; the YAML file; the flags."""
+    given = {}
     if "--config" in command_line[:-1]:
-        given |= set(yaml.safe_load(Path(command_line[command_line.index("--config") + 1]).read_text()) or {})
-    toy = "model_name_or_path" not in given
-    if toy and given & {"dataset_name", "datasets"}:
+        given = yaml.safe_load(Path(command_line[command_line.index("--config") + 1]).read_text()) or {}
+    for word, following in zip(command_line, [*command_line[1:], ""], strict=True):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            given[name] = value if equals else following
+    model = given.get("model_name_or_path")
+    toy = model is None or is_toy_run(Path(model))
+    if model is None and {"dataset_name", "datasets"} & set(given):
         stop("the toy policy knows nothing but sums: with --dataset_name, give your model with --model_name_or_path")
     if toy and not WORLD.is_dir():
         stop(f"there is no toy world in {WORLD}: run this script inside its repository, or give --model_name_or_path")
@@ -226,6 +232,11 @@ TAKERS = {  # columns -> the scripts for such rows
 }
 
 
+def is_toy_run(folder: Path) -> bool:
+    """Whether a run of one of these scripts on the toy world has written this folder."""
+    return (folder / "run.json").is_file() and json.loads((folder / "run.json").read_text())["toy"]
+
+
 def load_data(script_args, mixture_args):
     """All splits, from the hub, from a folder with train.jsonl (.csv, .parquet) and test.jsonl, or as a mixture."""
     if mixture_args.datasets:
@@ -233,10 +244,11 @@ def load_data(script_args, mixture_args):
     name = script_args.dataset_name
     try:
         return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
-    except (StopIteration, OSError, ValueError) as error:
-        if isinstance(error, StopIteration) or "no data" in str(error):
+    except (StopIteration, OSError, ValueError, DatasetGenerationError) as error:
+        reason = str(error.__cause__ or error).splitlines() or [""]
+        if isinstance(error, StopIteration) or "no data" in reason[0] or "first 0 values" in reason[0]:
             stop(f"a split of the data set {name!r} is empty")
-        stop(f"cannot load {name!r}, neither as a folder of data files nor from the hub: {str(error).splitlines()[0]}")
+        stop(f"cannot load {name!r}, neither as a folder of data files nor from the hub: {reason[0]}")
 
 
 def load_split(dataset, split: str):
@@ -302,6 +314,8 @@ def check_folder(toy: bool, training_args, model_args) -> Path | None:
         if not whole:
             stop(f"there is no whole checkpoint in {output_dir if newest else resume} to go on from")
         return max(whole, key=lambda folder: int(folder.name.split("-")[-1])) if newest else whole[0]
+    if Path(model_args.model_name_or_path).resolve() == output_dir.resolve():
+        stop(f"{output_dir} holds the model to begin with, and this run would replace it: give a new --output_dir")
     files, marker = {path.name for path in output_dir.iterdir()}, output_dir / "run.json"
     mine = marker.is_file() and json.loads(marker.read_text()) == {"script": SCRIPT, "toy": toy}
     if files and not (mine and (toy or files == {"run.json"})):  # a toy run may replace its predecessor

@@ -64,7 +64,7 @@ def python(*arguments: str | Path) -> list[str]:
 def logged(output: Path) -> dict[int, dict[str, float]]:
     """Step -> what a finished run logged while it trained."""
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return {row["step"]: row for row in log if "loss" in row}
+    return {row["step"]: row for row in training_rows(log)}
 
 
 def losses(output: Path) -> dict[int, float]:
@@ -270,7 +270,7 @@ class Example:
         assert not outside, "\n".join(outside)
 
     def test_the_logged_keys_are_the_expected_ones(self, bare, expected):
-        keys = {key for row in logged(bare[0]).values() for key in row} - {"epoch", "step"}
+        keys = {key for row in logged(bare[0]).values() for key in row} - TIMES
         assert keys == set(expected["log"])
 
     def test_the_bare_run_prints_the_row_and_the_samples(self, bare):
@@ -307,22 +307,29 @@ class Example:
         output, _ = bare
         shutil.copytree(output, tmp_path / "outputs" / output.name)
         call(*SHORT)
-        assert set(losses(tmp_path / "outputs" / output.name)) == {1, 2}
+        assert set(logged(tmp_path / "outputs" / output.name)) == {1, 2}
 
-        other = tmp_path / "outputs" / "other"
-        other.mkdir()
-        (other / "model.safetensors").write_text("somebody's weeks of work")
-        with pytest.raises(SystemExit, match="holds another run"):
-            call(*SHORT, "--output_dir", "outputs/other")
-        assert [path.name for path in other.iterdir()] == ["model.safetensors"]
+        for marker in (None, {"script": "another", "toy": True}, {"script": self.name, "toy": False}):
+            other = tmp_path / "outputs" / "other"
+            other.mkdir(exist_ok=True)
+            (other / "model.safetensors").write_text("somebody's weeks of work")
+            if marker:
+                (other / "run.json").write_text(json.dumps(marker))
+            with pytest.raises(SystemExit, match="holds another run"):
+                call(*SHORT, "--output_dir", "outputs/other")
+            assert (other / "model.safetensors").read_text() == "somebody's weeks of work"
 
     # -- interrupted, repeated, and short of room ------------------------------------------------------------------------
 
     def test_a_killed_run_goes_on_where_it_stopped_and_ends_with_the_same_losses(self, call, path, tmp_path):
         """kill -9 behind the second checkpoint, which is then damaged as if it had been half written."""
         if not self.resumes:
+            state = tmp_path / "outputs" / f"{self.name}-toy" / "checkpoint-2" / "trainer_state.json"
+            state.parent.mkdir(parents=True)
+            state.write_text("{}")
             with pytest.raises(SystemExit, match="resume"):
                 call(*SHORT, "--resume_from_checkpoint", "true")
+            assert state.is_file()
             return
         flags = ["--max_steps", "6", "--logging_steps", "1", "--save_strategy", "steps", "--save_steps", "2"]
         call(*flags, "--output_dir", "whole")
@@ -345,15 +352,14 @@ class Example:
     def test_two_runs_with_one_seed_give_the_same_log(self, call, tmp_path):
         for output in ("one", "two"):
             call(*SHORT, "--output_dir", output)
-        clock = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
         one, two = (logged(tmp_path / output) for output in ("one", "two"))
         for step in (1, 2):
-            assert {k: v for k, v in one[step].items() if k not in clock} == {
-                k: v for k, v in two[step].items() if k not in clock
+            assert {k: v for k, v in one[step].items() if k not in TIMES} == {
+                k: v for k, v in two[step].items() if k not in TIMES
             }
 
     def test_ctrl_c_leaves_no_model(self, path, tmp_path):
-        process = stops_at("'loss'", python(path, "--logging_steps", "1"), tmp_path, signal.SIGINT)
+        process = stops_at("'epoch'", python(path, "--logging_steps", "1"), tmp_path, signal.SIGINT)
         assert process.returncode != 0
         output = tmp_path / "outputs" / f"{self.name}-toy"
         assert {path.name for path in output.iterdir()} <= {"run.json", "runs"}
@@ -407,7 +413,7 @@ class Example:
         model = tiny_models[architecture]
         call(*real([row] * 8, model=model), module=load(tmp_path / "copied.py"))
         output = tmp_path / "outputs" / f"{self.name}-{model.name}"
-        assert set(losses(output)) == {1}
+        assert set(logged(output)) == {1}
         assert (output / "model.safetensors").is_file()
 
     def test_on_the_newest_trl_it_runs_or_says_what_does(self, path, tmp_path):
@@ -438,6 +444,20 @@ class Example:
                 now = next((getattr(a, settings) for a in (training_args, script_args) if hasattr(a, settings)), None)
                 assert now != value, settings
 
+    def test_what_was_trained_on_the_toy_world_gets_toy_settings_again(self, script, call, refused, tmp_path):
+        earlier = tmp_path / "outputs" / "sft-toy"
+        shutil.copytree(TOY / "policy", earlier)
+        (earlier / "run.json").write_text('{"script": "sft", "toy": true}')
+        flags = ["--model_name_or_path", str(earlier)]
+        for command_line in (flags, ["=".join(flags)]):
+            toy, _, training_args, model_args, _ = script.parse(command_line)
+            assert toy
+            assert training_args.max_steps == script.TOY["max_steps"]
+            assert model_args.model_name_or_path == str(earlier)
+        assert "would replace it" in refused(*flags, "--output_dir", earlier)
+        (earlier / "run.json").write_text('{"script": "sft", "toy": false}')
+        assert not script.parse([*flags, "--use_cpu"])[0]
+
     def test_a_flag_beats_the_yaml_file_and_the_file_beats_the_script(self, script, tmp_path):
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text("model_name_or_path: some/model\nweight_decay: 0.3\nlearning_rate: 2.0e-6\nbf16: false\n")
@@ -460,20 +480,18 @@ class Example:
         for column in row:
             assert column in message
 
-    @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-    def test_an_empty_split_is_refused(self, kind, real, refused, tmp_path):
+    @pytest.mark.parametrize("streaming", [(), ("--dataset_streaming",)], ids=["whole", "streamed"])
+    @pytest.mark.parametrize("kind", ["json", "csv", "parquet"])
+    def test_an_empty_split_is_refused(self, kind, streaming, real, refused, tmp_path):
         from datasets import Dataset
 
         row = next(iter(self.formats.values()))
         flags, data = real([row]), tmp_path / "data"
-        if kind == "jsonl":
-            (data / "train.jsonl").write_text("")
-        else:
-            full = Dataset.from_list([row])
-            for split, rows in (("train", full.select([])), ("test", full)):
-                (data / f"{split}.jsonl").unlink()
-                rows.to_parquet(data / f"{split}.parquet")
-        assert "is empty" in refused(*flags)
+        full = Dataset.from_list([row])
+        for split, rows in (("train", full.select([])), ("test", full)):
+            (data / f"{split}.jsonl").unlink()
+            getattr(rows, f"to_{kind}")(data / f"{split}.{kind}")
+        assert "is empty" in refused(*flags, *streaming)
 
     def test_a_missing_split_is_refused_with_those_that_are_there(self, real, refused):
         message = refused(*real(), "--dataset_train_split", "train_prefs")

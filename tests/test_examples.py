@@ -1,6 +1,7 @@
 """The example scripts side by side: each has its tests, and what they share is the same."""
 
 import ast
+import sys
 
 import pytest
 import scripts
@@ -46,6 +47,24 @@ def test_what_the_upper_parts_have_in_common_is_the_same_too(name):
     for function, others in COMMON.items():
         if function in own:
             assert (own[function] == model[function]) == (name not in others), function
+
+
+DECLARED = {  # module -> the requirement of the PEP 723 block that brings it
+    **{module: module for module in ("trl", "transformers", "datasets", "peft", "accelerate", "torch")},
+    **{"yaml": "transformers", "packaging": "transformers", "numpy": "transformers"},
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_imports_nothing_but_what_its_first_lines_declare(name):
+    tree = ast.parse((EXAMPLES / f"{name}.py").read_text())
+    imported = {
+        (node.module if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
+    assert imported - sys.stdlib_module_names <= set(DECLARED)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
