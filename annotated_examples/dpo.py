@@ -206,7 +206,7 @@ def parse(command_line: list[str]):
     given = {}
     if "--config" in command_line[:-1]:
         given = yaml.safe_load(Path(command_line[command_line.index("--config") + 1]).read_text()) or {}
-    for word, following in zip(command_line, [*command_line[1:], ""], strict=True):
+    for word, following in zip(command_line, [*command_line, ""][1:], strict=True):
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             given[name] = value if equals else following
@@ -370,6 +370,9 @@ def main() -> None:
     if trainer.accelerator.is_main_process:
         start(output_dir, toy, resume)
     trainer.accelerator.wait_for_everyone()
+    if trainer.accelerator.num_processes > 1:
+        # evaluate() marks the model as prepared; train() would not wrap it, and each process train a model of its own
+        trainer.model._is_accelerate_prepared = False
     started = time.perf_counter()
     trainer.train(**({"resume_from_checkpoint": str(resume)} if resume else {}))
     seconds = time.perf_counter() - started

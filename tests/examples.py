@@ -15,6 +15,7 @@ from typing import ClassVar
 import drift
 import pytest
 import trl_source
+from expected import TIMES, training_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "annotated_examples"
@@ -150,7 +151,7 @@ def small_world(tmp_path_factory) -> Path:
     """The toy world with a few rows of each data set: for runs of a few steps that need not learn anything."""
     world = tmp_path_factory.mktemp("small") / "toy"
     for split in sorted(TOY.glob("data/*/*.jsonl")):
-        rows = split.read_text().splitlines(keepends=True)[: 64 if split.stem == "train" else 8]
+        rows = split.read_text().splitlines(keepends=True)[: 128 if split.stem == "train" else 8]
         path = world / split.relative_to(TOY)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(rows))
@@ -263,7 +264,7 @@ class Example:
         outside = []
         for key, band in expected["log"].items():
             margin = max(high - low for low, high in zip(band["min"], band["max"], strict=True))
-            margin += 1e-6 * max(map(abs, band["max"]))  # what two roundings may differ by where all seeds agree
+            margin += 1e-6 * max(1.0, *map(abs, band["max"]))  # what two roundings may differ by where all seeds agree
             for step, low, high in zip(band["step"], band["min"], band["max"], strict=True):
                 if not low - margin <= rows[step][key] <= high + margin:
                     outside.append(f"{key} at step {step}: {rows[step][key]} is not in {low} to {high}")
@@ -382,10 +383,20 @@ class Example:
 
     def test_two_processes_train_one_model(self, path, script, tmp_path):
         """`accelerate launch --cpu --num_processes 2` would quietly start one process; --multi_gpu starts two, on a CPU too."""
+        # The script, and a line more that tells the weights of each process
+        (tmp_path / "toy").symlink_to(path.parent / "toy")
+        text, line = path.read_text(), "    seconds = time.perf_counter() - started\n"
+        assert text.count(line) == 1
+        spy = (
+            "    print('WEIGHTS', sum(float(p.double().abs().sum()) for p in trainer.model.parameters()), flush=True)\n"
+        )
+        (tmp_path / "spied.py").write_text(text.replace(line, line + spy))
         launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
-        launch += [str(path), "--use_cpu", *SHORT, "--output_dir", "two"]
+        launch += ["spied.py", "--use_cpu", *SHORT, "--output_dir", "two"]
         done = run(launch, tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
+        one, other = re.findall(r"WEIGHTS ([\d.]+)", done.stdout)
+        assert one == other  # had they trained apart, they would differ
         log = logged(tmp_path / "two")
         assert set(log) == {1, 2}
         data = Path(script.TOY["dataset_name"]) / "train.jsonl"
@@ -424,7 +435,8 @@ class Example:
         done = run(python(path, *SHORT), tmp_path, PYTHONPATH=str(newest))
         if self.removed:
             assert done.returncode == 1
-            for words in (f"removed in TRL {self.removed}", f"uv run {self.name}.py", "pip install 'trl==1.12.0'"):
+            pip = f"pip install 'trl=={trl_source.pinned_version()}'"
+            for words in (f"removed in TRL {self.removed}", f"uv run {self.name}.py", pip):
                 assert words in done.stderr
         else:
             assert done.returncode == 0, done.stderr[-2000:]

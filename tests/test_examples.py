@@ -1,11 +1,13 @@
 """The example scripts side by side: each has its tests, and what they share is the same."""
 
 import ast
+import re
 import sys
 
 import pytest
 import scripts
 from examples import EXAMPLES, ROOT, SCRIPTS, load
+from trl_source import Source
 
 SECTIONS = ("settings", "model and trainer", "held out", "the run")
 
@@ -34,9 +36,9 @@ def functions(name: str) -> dict[str, str]:
 # Functions of the upper parts that scripts have in common, and the scripts where the method asks for another one.
 COMMON = {
     "stop": set(),
-    "prompt_ids": set(),
+    "prompt_ids": {"grpo", "rloo"},  # a row may come from GSM8K, and the template takes arguments
     "sample": {"ppo"},  # the policy stands in a wrapper beside the value model
-    "held_out": {"reward", "prm"},  # scores instead of answers
+    "held_out": {"reward", "prm", "grpo", "rloo"},  # scores instead of answers; each process its own seed for training
 }
 
 
@@ -75,10 +77,19 @@ def test_the_scripts_have_the_same_sections_in_the_same_order(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_each_script_names_its_walkthrough_and_its_own_folder(name):
-    path = EXAMPLES / f"{name}.py"
-    assert f"annotated_trainers/{name}.md" in path.read_text().splitlines()[0]
-    script = load(path)
+def test_the_first_line_leads_to_the_walkthrough_or_to_trls_own_file(name):
+    first = (EXAMPLES / f"{name}.py").read_text().splitlines()[0]
+    if (ROOT / "annotated_trainers" / f"{name}.md").is_file():
+        assert first == f"# The walkthrough of TRL's implementation: annotated_trainers/{name}.md"
+    else:
+        file = re.fullmatch(r"# TRL's implementation: trl/(\S+_trainer\.py)", first)
+        assert file
+        assert (Source.installed().package / file[1]).is_file()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_each_script_has_a_folder_and_expected_values_of_its_own(name):
+    script = load(EXAMPLES / f"{name}.py")
     assert name == script.SCRIPT
     assert script.TOY["output_dir"] == f"outputs/{name}-toy"
     assert (EXAMPLES / "expected" / f"{name}.json").is_file()

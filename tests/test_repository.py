@@ -16,6 +16,7 @@ from pathlib import Path
 import environments
 import pins
 import pytest
+import tables
 import yaml
 from commands import TESTED_COMMANDS
 from markdown_pages import fences
@@ -481,12 +482,13 @@ def test_the_map_names_everything_at_the_top_and_nothing_else():
     assert [label for label, link in rows if not link.startswith(label)] == []
 
 
-def test_the_status_names_the_scripts_that_are_there():
-    done, to_come = re.search(r"^Done: (.*?)\. To come: (.*?)\.$", README, re.M | re.S).groups()
-    names = [set(re.findall(r"`(\w+)`", part)) for part in (done, to_come)]
-    assert names[0] == {path.stem for path in SCRIPTS}
-    assert names[0] == {path.stem for path in (ROOT / "annotated_trainers").glob("*.md")} - {"index", "newest_trl"}
-    assert names[0] | names[1] == TRAINERS and not names[0] & names[1]
+def test_the_status_names_the_scripts_and_walkthroughs_that_are_there():
+    assert set(tables.TRAINERS) == TRAINERS and len(tables.TRAINERS) == 15
+    walkthroughs = {path.stem for path in (ROOT / "annotated_trainers").glob("*.md")} - {"index", "newest_trl"}
+    for part, there in (("scripts", {path.stem for path in SCRIPTS}), ("walkthroughs", walkthroughs)):
+        here, to_come = re.search(rf"^\| {part} \| (.*) \| (.*) \|$", README, re.M).groups()
+        assert set(re.findall(r"`(\w+)`", here)) == there
+        assert set(re.findall(r"`(\w+)`", to_come)) == TRAINERS - there
 
 
 def test_the_place_of_the_telemetry_is_the_one_that_the_readme_names():

@@ -32,6 +32,8 @@ TIMES = {
     "train_steps_per_second",
     "total_flos",
     "train_loss",
+    "eps",  # PPO: answers for each second
+    "step_time",  # GRPO and RLOO: seconds of a step
 }
 
 
@@ -65,13 +67,16 @@ def run(trainer: str, folder: Path, *flags: str) -> dict:
     return {"log": state["log_history"], "held_out": held_out, "seconds": held_out["seconds"], "printed": done.stdout}
 
 
+def training_rows(log: list[dict]) -> list[dict]:
+    """What a run logged while it trained: all rows but the evaluations and the summary at the end."""
+    return [row for row in log if "train_runtime" not in row and not any(key.startswith("eval_") for key in row)]
+
+
 def bands(logs: list[list[dict]]) -> dict[str, dict[str, list[float]]]:
     """For each logged key and step: smallest, mean and largest value over the runs."""
     found: dict[str, dict[int, list[float]]] = {}
     for log in logs:
-        for row in log:
-            if "loss" not in row:  # evaluation and summary rows
-                continue
+        for row in training_rows(log):
             for key, value in row.items():
                 if key not in TIMES:
                     found.setdefault(key, {}).setdefault(row["step"], []).append(value)
@@ -97,6 +102,8 @@ def measure(trainer: str) -> None:
             runs.append(run(trainer, Path(folder), "--seed", str(seed)))
         first, last = runs[-1]["held_out"]["before"], runs[-1]["held_out"]["after"]
         print(f"seed {seed}: {first} -> {last}, {runs[-1]['seconds']:.1f} s", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        plain = run(trainer, Path(folder))
     names = runs[0]["held_out"]["after"]
     result = {
         "trainer": trainer,
@@ -109,12 +116,10 @@ def measure(trainer: str) -> None:
             for name in names
         },
         "train_seconds": [run["seconds"] for run in runs],
-        "log": bands([run["log"] for run in runs]),
+        "log": bands([run["log"] for run in (*runs, plain)]),  # the plain command belongs to what is normal too
     }
-    with tempfile.TemporaryDirectory() as folder:
-        printed = run(trainer, Path(folder))["printed"]
     EXPECTED.mkdir(exist_ok=True)
-    (EXPECTED / f"{trainer}.txt").write_text(printed)
+    (EXPECTED / f"{trainer}.txt").write_text(plain["printed"])
     (EXPECTED / f"{trainer}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -134,7 +139,7 @@ def draw(trainer: str) -> None:
     import matplotlib.pyplot as plt
 
     result = json.loads((EXPECTED / f"{trainer}.json").read_text())
-    keys = [key for key in result["log"] if key not in ("learning_rate", "num_tokens")]
+    keys = [key for key in result["log"] if key not in ("learning_rate", "lr", "num_tokens", "episode")]
     columns = 3
     rows = -(-len(keys) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(9, 1.9 * rows), layout="constrained", squeeze=False)

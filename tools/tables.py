@@ -11,6 +11,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
+TRAINERS = (  # in the order of this repository: supervised, preferences, reinforcement learning, online and advanced
+    *("sft", "reward", "dpo", "kto", "orpo", "cpo", "bco", "ppo", "grpo", "rloo"),
+    *("online_dpo", "nash_md", "gkd", "xpo", "prm"),
+)
+
+
+def status() -> None:
+    """Which trainers have a script and a walkthrough already, for the README."""
+    print("\n| | here | to come |\n| --- | --- | --- |")
+    for part, folder, ending in (("scripts", "annotated_examples", "py"), ("walkthroughs", "annotated_trainers", "md")):
+        here = [name for name in TRAINERS if (ROOT / folder / f"{name}.{ending}").is_file()]
+        links = " ".join(f"[`{name}`]({folder}/{name}.{ending})" for name in here)
+        print(f"| {part} | {links} | {' '.join(f'`{name}`' for name in TRAINERS if name not in here)} |")
+    print()
+
+
 def measurement(trainer: str) -> dict:
     """annotated_examples/expected/<trainer>.json"""
     return json.loads((ROOT / "annotated_examples" / "expected" / f"{trainer}.json").read_text())
