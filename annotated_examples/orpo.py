@@ -1,0 +1,443 @@
+# TRL's implementation: trl/experimental/orpo/orpo_trainer.py
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl==1.12.0",
+#     "transformers>=5.10.1,<5.24",
+#     "datasets>=4.7,<5.3",
+#     "peft>=0.20,<0.22",
+#     "accelerate>=1.12,<1.16",
+#     "torch>=2.11,<2.14",
+#     "requests>=2.33,<3",
+# ]
+# ///
+"""Odds Ratio Preference Optimization (ORPO): supervised fine-tuning on the better of two answers and a push away from the
+worse one, in one loss and with one model.
+
+The loss of one pair (Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7; beta is the paper's lambda). mean logp is the mean of
+the log-probabilities of an answer's tokens, and log odds is mean logp - log(1 - exp(mean logp)). There is no reference
+model. TRL takes the first term over the tokens of the prompt as well:
+
+    loss = -mean logp(prompt, chosen) - beta * log sigmoid(log odds(chosen) - log odds(rejected))
+
+One row of data (prompt may be left out if chosen and rejected both begin with it):
+
+    {"prompt":   [{"role": "user", "content": "7+9+3"}],
+     "chosen":   [{"role": "assistant", "content": "7+9=16 16+3=19 #19"}],
+     "rejected": [{"role": "assistant", "content": "7+9=16 16+3=20 #20"}]}
+
+Run it:
+
+    python orpo.py                                               # the toy world, no network, no GPU needed
+    python orpo.py --model_name_or_path Qwen/Qwen3-0.6B          # a real model on a GPU
+    python orpo.py --model_name_or_path ... --dataset_name ...   # your model, your data
+    accelerate launch orpo.py --model_name_or_path ... --use_peft --load_in_4bit --learning_rate 5e-5
+
+What to look at: log_odds_chosen rises: the better answer gains on the worse one. The loss says little about that. Most of it
+is nll_loss, the first term, and on the toy world most of that is spent on the prompts.
+"""
+
+import json
+import re
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+
+import torch
+import yaml
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from packaging.version import Version
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.utils import is_torch_bf16_gpu_available
+
+
+def stop(message: str) -> None:
+    """Ends the run with a message for the user. Nothing has been trained or overwritten yet."""
+    raise SystemExit(f"{Path(__file__).name}: {message}")
+
+
+if Version(version("trl")) < Version("1.12.0"):
+    stop(f"this script needs trl 1.12.0 or newer, and trl {version('trl')} is installed: pip install 'trl==1.12.0'")
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+    is_conversational,
+    maybe_extract_prompt,
+)
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.models.utils import unwrap_model_for_generation
+
+# ---------------------------------------------------------------------------------------------------------- settings
+# TRL's defaults hold unless a line below changes them; a flag or a line of the YAML file behind --config overrides both.
+
+
+@dataclass
+class Arguments(ScriptArguments):
+    pad_token: str | None = field(
+        default=None, metadata={"help": "token that fills up short rows; must differ from the end token"}
+    )
+
+
+SCRIPT = "orpo"
+FLAGS = (Arguments, ORPOConfig, ModelConfig, DatasetMixtureConfig)  # each of their fields is a flag
+COLUMNS = ({"chosen", "rejected"},)  # a row needs one of these sets; more columns do no harm
+WORLD = Path(__file__).resolve().parent / "toy"
+
+TOY = {
+    "model_name_or_path": str(WORLD / "policy"),  # 0.9M parameters: adds well, slips often (toy/README.md)
+    "dataset_name": str(WORLD / "data" / "preference"),  # pairs sampled from this very policy
+    "output_dir": "outputs/orpo-toy",
+    "beta": 10.0,  # the policy has never had to write a problem, so at 0.1 the prompts in the first term give nearly all of
+    # the gradient, and the answers change little
+    "learning_rate": 3e-4,
+    "per_device_train_batch_size": 16,
+    "max_steps": 60,
+    "logging_steps": 5,
+    "max_length": 96,  # tokens of prompt and answer; the longest pair has fewer
+    "gradient_checkpointing": False,  # would save memory that the toy does not need
+    "bf16": False,  # float32 on every device, so that the figures can be compared
+    "save_strategy": "no",  # the run is short; the model is saved at its end
+}
+
+REAL = {
+    "dataset_name": "trl-lib/ultrafeedback_binarized",
+    "learning_rate": 5e-6,  # for full fine-tuning, which is a part of this loss, so it takes more than DPO; the examples of
+    # TRL take ten times more with --use_peft
+    "per_device_train_batch_size": 2,  # four answers at once: with a large vocabulary the logits take most of the memory
+    "gradient_accumulation_steps": 16,  # 32 pairs for each step of the optimizer
+    "per_device_eval_batch_size": 4,
+    "num_train_epochs": 1,  # take more only while the held-out loss still falls
+    "warmup_steps": 0.1,  # a share of all steps; the first gradients are the largest
+    "lr_scheduler_type": "cosine",
+    "eval_strategy": "steps",
+    "eval_steps": 200,
+    "bf16": is_torch_bf16_gpu_available(),  # TRL turns bf16 on by itself, which stops on a machine without such a GPU
+}
+
+
+# ---------------------------------------------------------------------------------------------------- model and trainer
+
+
+def build(script_args, training_args, model_args, train_dataset, eval_dataset, tokenizer):
+    """The policy, which is the only model that is held, and the trainer. There is no reference."""
+    if not isinstance(train_dataset, Dataset):
+        stop("ORPOTrainer tokenizes all rows before it starts and cannot stream them: leave out --dataset_streaming")
+    if training_args.max_completion_length is not None:
+        stop("ORPOTrainer reads max_completion_length for encoder-decoder models only: use --max_length here")
+    loading = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        "quantization_config": get_quantization_config(model_args),
+        "trust_remote_code": training_args.trust_remote_code,
+    } | (training_args.model_init_kwargs or {})
+    # By name, the trainer would load it with device_map="auto", which does not go with several processes.
+    model = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **loading)
+    training_args.model_init_kwargs = None  # the trainer refuses them beside a model
+    training_args.remove_unused_columns = False  # the trainer sets it too, with a warning
+    set_seed(training_args.seed)  # an adapter starts from random numbers
+    trainer = ORPOTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train_dataset = whole_pairs(trainer, trainer.train_dataset)
+    if eval_dataset is not None:
+        trainer.eval_dataset = whole_pairs(trainer, trainer.eval_dataset)
+    return trainer
+
+
+def whole_pairs(trainer, rows):
+    """The pairs that fit into max_length. TRL 1.12 cuts the others in the wrong place, some down to no answer at all.
+
+    It keeps as many tokens of each answer as max_length exceeds the longer answer, not the prompt. The mean over an empty
+    answer is 0/0, and one such row is enough to fill the model with nan (huggingface/trl#6548).
+    """
+    end, limit = trainer.processing_class.eos_token_id, trainer.max_length
+
+    def fits(row) -> bool:  # an answer that was cut has lost its end; a prompt is never cut
+        both = row["chosen_labels"], row["rejected_labels"]
+        return all(labels[-1] == end and len(labels) <= limit for labels in both)
+
+    whole = rows.filter(fits)
+    if not len(whole):
+        stop(f"every pair is longer than max_length={limit} tokens: give a larger --max_length")
+    if len(whole) < len(rows):
+        trainer.accelerator.print(
+            f"{len(rows) - len(whole)} of {len(rows)} pairs are longer than max_length={limit} tokens and are left out.\n"
+        )
+    return whole
+
+
+def show_row(trainer) -> None:
+    """Prints one row as the model sees it, after a look whether there is anything to prefer.
+
+    TRL adds the end token to an answer that does not end with it. Where the chat template writes a newline behind it, as
+    Qwen's does, an answer has two of them.
+    """
+    say, tokenizer = trainer.accelerator.print, trainer.processing_class
+    rows = list(islice(trainer.train_dataset, 1000))
+    if all(row["chosen_labels"] == row["rejected_labels"] for row in rows):
+        stop(f"chosen and rejected are the same in each of the first {len(rows)} pairs: there is nothing to prefer")
+    say(f"{'chosen_input_ids':18}{tokenizer.decode(rows[0]['chosen_input_ids'])}")  # all of it in the first term
+    for part in ("chosen_labels", "rejected_labels"):  # only these in the odds: over the prompt stands -100
+        say(f"{part:18}{tokenizer.decode([token for token in rows[0][part] if token != -100])}")
+
+
+# ----------------------------------------------------------------------------------------------------------- held out
+
+FIGURES = ("loss", "nll_loss", "rewards/accuracies")  # what the evaluation logs that is worth a line here
+
+
+def prompt_ids(row: dict, tokenizer) -> list[int]:
+    """The tokens of a row up to the point where the answer begins."""
+    row = {"prompt": row["messages"][:-1]} if "messages" in row else maybe_extract_prompt(row)
+    if is_conversational(row):
+        return tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+    return tokenizer(row["prompt"])["input_ids"]
+
+
+@torch.no_grad()
+def sample(trainer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+    """One answer for each prompt (token ids), sampled at temperature 1."""
+    set_seed(trainer.args.seed)
+    tokenizer = trainer.processing_class
+    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+        batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+        drawing = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        output = model.eval().generate(**batch, **drawing, max_new_tokens=max_new_tokens)
+    return tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def held_out(trainer, rows: list[dict], toy: bool) -> tuple[dict[str, float], list[tuple[str, str]]]:
+    """How good the policy is on data that it never trains on: figures, and a few samples as (prompt, answer)."""
+    metrics = trainer.evaluate() if FIGURES and trainer.eval_dataset is not None else {}
+    figures = {name: metrics[f"eval_{name}"] for name in FIGURES if f"eval_{name}" in metrics}
+    if toy:
+        rows = list(load_dataset(str(WORLD / "data" / "prompt_only"), split="test"))
+    rows = [row for row in rows if "text" not in row]  # plain text has no prompt
+    if not rows:
+        return figures, []
+    prompts = [prompt_ids(row, trainer.processing_class) for row in rows]
+    answers = sample(trainer, prompts, max_new_tokens=64 if toy else 256)
+    if toy:  # the toy world knows the truth: the number behind the last # is the sum, or it is not
+        right = [answer.endswith(f"#{row['answer']}") for answer, row in zip(answers, rows, strict=True)]
+        figures = {"right answers": sum(right) / len(right)} | figures
+    texts = trainer.processing_class.batch_decode(prompts[:3], skip_special_tokens=True)
+    return figures, list(zip(texts, answers[:3], strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------ the run
+# From here on the fifteen scripts are the same to the letter.
+
+
+def parse(command_line: list[str]):
+    """Toy settings for the toy policy and for what was trained from it, real ones else; the YAML file; the flags."""
+    given = {}
+    if "--config" in command_line[:-1]:
+        given = yaml.safe_load(Path(command_line[command_line.index("--config") + 1]).read_text()) or {}
+    for word, following in zip(command_line, [*command_line, ""][1:], strict=True):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            given[name] = value if equals else following
+    model = given.get("model_name_or_path")
+    toy = model is None or is_toy_run(Path(model))
+    if model is None and {"dataset_name", "datasets"} & set(given):
+        stop("the toy policy knows nothing but sums: with --dataset_name, give your model with --model_name_or_path")
+    if toy and not WORLD.is_dir():
+        stop(f"there is no toy world in {WORLD}: run this script inside its repository, or give --model_name_or_path")
+    parser = TrlParser(FLAGS)
+    parser.set_defaults(**(TOY if toy else REAL))
+    return toy, *parser.parse_args_and_config(command_line)
+
+
+TAKERS = {  # columns -> the scripts for such rows
+    ("prompt", "completions", "labels"): "prm.py",
+    ("prompt", "completion", "label"): "kto.py and bco.py",
+    ("chosen", "rejected"): "dpo.py, cpo.py, orpo.py and reward.py",
+    ("prompt", "completion"): "sft.py and gkd.py",
+    ("messages",): "sft.py and gkd.py",
+    ("text",): "sft.py",
+    ("prompt",): "grpo.py, rloo.py, ppo.py, online_dpo.py, nash_md.py and xpo.py",
+}
+
+
+def is_toy_run(folder: Path) -> bool:
+    """Whether a run of one of these scripts on the toy world has written this folder."""
+    return (folder / "run.json").is_file() and json.loads((folder / "run.json").read_text())["toy"]
+
+
+def load_data(script_args, mixture_args):
+    """All splits, from the hub, from a folder with train.jsonl (.csv, .parquet) and test.jsonl, or as a mixture."""
+    if mixture_args.datasets:
+        return get_dataset(mixture_args)
+    name = script_args.dataset_name
+    try:
+        return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
+    except (StopIteration, OSError, ValueError, DatasetGenerationError) as error:
+        reason = str(error.__cause__ or error).splitlines() or [""]
+        if isinstance(error, StopIteration) or "no data" in reason[0] or "first 0 values" in reason[0]:
+            stop(f"a split of the data set {name!r} is empty")
+        stop(f"cannot load {name!r}, neither as a folder of data files nor from the hub: {reason[0]}")
+
+
+def load_split(dataset, split: str):
+    """One split, after a look at its first row."""
+    if split not in dataset:
+        stop(
+            f"there is no split {split!r}, only {sorted(dataset)}: choose with --dataset_train_split and "
+            "--dataset_test_split, or do without the held-out comparison with --eval_strategy no"
+        )
+    first = next(iter(dataset[split]), None)
+    if first is None:
+        stop(f"the split {split!r} is empty")
+    if not any(columns <= set(first) for columns in COLUMNS):
+        taker = next((scripts for columns, scripts in TAKERS.items() if set(columns) <= set(first)), None)
+        stop(
+            f"a row needs the columns {' or '.join(' + '.join(sorted(columns)) for columns in COLUMNS)}, and the split "
+            f"{split!r} has {sorted(first)}: {f'such rows are for {taker}' if taker else 'rename or map your columns'}"
+        )
+    return dataset[split]
+
+
+def load_tokenizer(script_args, training_args, model_args, first_row):
+    """The model's tokenizer, if it can render these rows and tell padding from the end of an answer."""
+    name = model_args.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            revision=model_args.model_revision,
+            trust_remote_code=getattr(training_args, "trust_remote_code", False),
+        )
+    except (OSError, ValueError) as error:
+        stop(f"cannot load {name!r}, which is neither a model folder here nor on the hub: {str(error).splitlines()[0]}")
+    vocabulary, pad_token = tokenizer.get_vocab(), (vars(script_args) | vars(training_args)).get("pad_token")
+    if pad_token is not None and pad_token not in vocabulary:
+        stop(f"--pad_token {pad_token!r} is not a token of {name!r}")
+    tokenizer.pad_token = pad_token or tokenizer.pad_token
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        spare = [token for token in vocabulary if re.match(r"[<\[].*(pad|reserved|unused|unk)", token)][:3]
+        stop(
+            f"the tokenizer of {name!r} pads with {tokenizer.pad_token!r} and ends answers with {tokenizer.eos_token!r}: "
+            "whoever masks the padding masks the end too, and such a model never learns to stop. Give a token that no "
+            "text holds with --pad_token" + (f", for example one of {spare}" if spare else "")
+        )
+    if is_conversational(first_row) and tokenizer.chat_template is None:
+        stop(f"the rows are conversations, and the tokenizer of {name!r} has no chat template: take an instruct model")
+    return tokenizer
+
+
+def check_folder(toy: bool, training_args, model_args) -> Path | None:
+    """Makes sure that output_dir can be written and holds nobody else's run; the checkpoint to go on from, if asked for."""
+    if training_args.output_dir == "trainer_output":  # transformers' default
+        training_args.output_dir = f"outputs/{SCRIPT}-{Path(model_args.model_name_or_path).name}"
+    output_dir, resume = Path(training_args.output_dir), training_args.resume_from_checkpoint
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        stop(f"cannot write to {output_dir}: {error.strerror}")
+    if resume:
+        newest = resume.lower() in ("true", "1", "yes")
+        found = output_dir.glob("checkpoint-*") if newest else [Path(resume)]
+        whole = [folder for folder in found if (folder / "trainer_state.json").is_file()]  # the file written last
+        if not whole:
+            stop(f"there is no whole checkpoint in {output_dir if newest else resume} to go on from")
+        return max(whole, key=lambda folder: int(folder.name.split("-")[-1])) if newest else whole[0]
+    if Path(model_args.model_name_or_path).resolve() == output_dir.resolve():
+        stop(f"{output_dir} holds the model to begin with, and this run would replace it: give a new --output_dir")
+    files, marker = {path.name for path in output_dir.iterdir()}, output_dir / "run.json"
+    mine = marker.is_file() and json.loads(marker.read_text()) == {"script": SCRIPT, "toy": toy}
+    if files and not (mine and (toy or files == {"run.json"})):  # a toy run may replace its predecessor
+        stop(
+            f"{output_dir} holds another run. Give a new --output_dir, or go on with that run: "
+            "--resume_from_checkpoint true"
+        )
+    return None
+
+
+def start(output_dir: Path, toy: bool, resume: Path | None) -> None:
+    """Clears away an earlier toy run, and says whose folder this is from now on."""
+    if toy and not resume:
+        shutil.rmtree(output_dir)
+        output_dir.mkdir()
+    (output_dir / "run.json").write_text(json.dumps({"script": SCRIPT, "toy": toy}))
+
+
+def save(trainer, output_dir: Path) -> None:
+    """Writes the model beside its place and moves it there when it is whole: a full disk leaves no half of a model."""
+    unfinished, main_process = output_dir / "unfinished", trainer.accelerator.is_main_process
+    try:
+        trainer.save_model(str(unfinished))  # in every process: each may hold a part of the weights
+        for path in unfinished.iterdir() if main_process else ():
+            path.replace(output_dir / path.name)
+    finally:
+        if main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def main() -> None:
+    toy, script_args, training_args, model_args, mixture_args = parse(sys.argv[1:])
+    resume = check_folder(toy, training_args, model_args)
+    output_dir = Path(training_args.output_dir)
+
+    # Data
+    dataset = load_data(script_args, mixture_args)
+    train_dataset = load_split(dataset, script_args.dataset_train_split)
+    eval_dataset = None
+    if toy or training_args.eval_strategy != "no":
+        eval_dataset = load_split(dataset, script_args.dataset_test_split)
+    rows = list(islice(eval_dataset or (), 2))
+    tokenizer = load_tokenizer(script_args, training_args, model_args, next(iter(train_dataset)))
+
+    # Model and trainer
+    trainer = build(script_args, training_args, model_args, train_dataset, eval_dataset, tokenizer)
+    say = trainer.accelerator.print
+    show_row(trainer)
+
+    # Train, with a look at the held-out data before and after
+    before, samples_before = held_out(trainer, rows, toy)
+    if trainer.accelerator.is_main_process:
+        start(output_dir, toy, resume)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.accelerator.num_processes > 1:
+        # evaluate() marks the model as prepared; train() would not wrap it, and each process train a model of its own
+        trainer.model._is_accelerate_prepared = False
+    started = time.perf_counter()
+    trainer.train(**({"resume_from_checkpoint": str(resume)} if resume else {}))
+    seconds = time.perf_counter() - started
+    after, samples_after = held_out(trainer, rows, toy)
+
+    say(f"\n{seconds:.0f} s of training. Held out:")
+    for name, value in after.items():
+        say(f"  {name:20}{before[name]:.3f} -> {value:.3f}")
+    for (prompt, old), (_, new) in zip(samples_before, samples_after, strict=True):
+        say(f"\n  {prompt}\n    before: {old}\n    after:  {new}")
+
+    # Save
+    save(trainer, output_dir)
+    trainer.save_state()
+    if trainer.accelerator.is_main_process:
+        result = {"seconds": seconds, "before": before, "after": after}
+        (output_dir / "held_out.json").write_text(json.dumps(result, indent=2))
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    say(f"\nThe model is in {output_dir}.")
+
+
+if __name__ == "__main__":
+    main()
