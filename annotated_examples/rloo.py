@@ -1,0 +1,615 @@
+# TRL's implementation: trl/trainer/rloo_trainer.py
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl==1.12.0",
+#     "transformers>=5.10.1,<5.24",
+#     "datasets>=4.7,<5.3",
+#     "peft>=0.20,<0.22",
+#     "accelerate>=1.12,<1.16",
+#     "torch>=2.11,<2.14",
+#     "requests>=2.33,<3",
+# ]
+# ///
+"""REINFORCE Leave-One-Out (RLOO): sample a few answers to each prompt, make those more likely that beat the others.
+
+The loss of one answer, which counts as one action (Ahmadian et al. 2024, arXiv 2402.14740, the RLOO estimator). The clipping
+is that of PPO; TRL adds it, and it does nothing while each answer is used once:
+
+    reward    = score - beta * sum over the answer's tokens of (log p(token) - log p_ref(token))
+    advantage = reward - mean reward of the other answers to this prompt
+    ratio     = p(answer) / p(answer) at the time of sampling
+    loss      = -min(ratio * advantage, clip(ratio, 1 - 0.2, 1 + 0.2) * advantage)
+
+One row of data (only the prompt is needed; every other column reaches the reward functions under its name):
+
+    {"prompt": [{"role": "user", "content": "7+9+3"}], "answer": "19"}
+
+Run it:
+
+    python rloo.py                                               # the toy world, no network, no GPU needed
+    python rloo.py --model_name_or_path Qwen/Qwen3-0.6B          # a real model on a GPU; with --use_vllm it samples faster
+    python rloo.py --model_name_or_path ... --dataset_name ...   # your model, your data
+    python rloo.py ... --reward_funcs exact_answer brevity --reward_weights 1 0.1
+    python rloo.py ... --reward_funcs my_module.my_function      # yours, from a file my_module.py beside you
+    python rloo.py ... --reward_model_name_or_path ...           # a sequence classifier with one output, as reward.py makes it
+    accelerate launch rloo.py --model_name_or_path ... --use_peft --load_in_4bit --learning_rate 1e-5
+
+What to look at: reward rises (it is logged without the penalty), and kl says how far the policy has gone from where it began,
+in nats per token. The loss says nothing. It is 0 and stays 0, since every ratio is 1 while each batch is used once, and the
+advantages of a group add up to 0. Only its gradient is not 0.
+"""
+
+import importlib
+import inspect
+import json
+import re
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+
+import torch
+import yaml
+from datasets import load_dataset
+from datasets.exceptions import DatasetGenerationError
+from packaging.version import Version
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers.utils import is_torch_bf16_gpu_available
+
+
+def stop(message: str) -> None:
+    """Ends the run with a message for the user. Nothing has been trained or overwritten yet."""
+    raise SystemExit(f"{Path(__file__).name}: {message}")
+
+
+if Version(version("trl")) < Version("1.12.0"):
+    stop(f"this script needs trl 1.12.0 or newer, and trl {version('trl')} is installed: pip install 'trl==1.12.0'")
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    RLOOConfig,
+    RLOOTrainer,
+    ScriptArguments,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+    is_conversational,
+)
+from trl.models.utils import unwrap_model_for_generation
+
+# ---------------------------------------------------------------------------------------------------------- settings
+# TRL's defaults hold unless a line below changes them; a flag or a line of the YAML file behind --config overrides both.
+
+
+@dataclass
+class Arguments(ScriptArguments):
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "exact_answer (default), answer_format, brevity, or dotted paths like my_module.my_function"},
+    )
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "sequence classifier with one output that scores answers"}
+    )
+    eval_rows: int = field(default=128, metadata={"help": "held-out rows that an evaluation samples answers to"})
+    pad_token: str | None = field(
+        default=None, metadata={"help": "token that fills up short rows; must differ from the end token"}
+    )
+
+    def __post_init__(self):
+        if self.dataset_name == "openai/gsm8k" and self.dataset_config is None:
+            self.dataset_config = "main"  # it has two, and load_dataset wants to be told which
+
+
+SCRIPT = "rloo"
+FLAGS = (Arguments, RLOOConfig, ModelConfig, DatasetMixtureConfig)  # each of their fields is a flag
+COLUMNS = ({"prompt"}, {"question", "answer"})  # a row needs one of these sets; more columns do no harm
+WORLD = Path(__file__).resolve().parent / "toy"
+
+TOY = {
+    "model_name_or_path": str(WORLD / "policy"),  # 0.9M parameters: adds well, slips often (toy/README.md)
+    "dataset_name": str(WORLD / "data" / "prompt_only"),  # sums that it has never seen, with their results
+    "output_dir": "outputs/rloo-toy",
+    "learning_rate": 3e-4,  # at 1e-4 it learns more slowly
+    "per_device_train_batch_size": 64,  # answers, not prompts: 16 prompts for each step
+    "num_generations": 4,  # answers for each prompt
+    "max_steps": 40,
+    "logging_steps": 4,
+    "max_completion_length": 48,  # tokens; the longest answer has fewer
+    "gradient_checkpointing": False,  # would save memory that the toy does not need
+    "bf16": False,  # float32 on every device, so that the figures can be compared
+    "save_strategy": "no",  # the run is short; the model is saved at its end
+}
+
+REAL = {
+    "dataset_name": "openai/gsm8k",  # 7473 word problems whose results are numbers, which exact_answer can check. Those of
+    # trl-lib/DeepMath-103K are formulas (--reward_funcs trl.rewards.accuracy_reward checks them, with math-verify
+    # installed), and hard: where all answers of a group are wrong, nothing is learned
+    "chat_template_kwargs": {
+        "enable_thinking": False
+    },  # Qwen3 would think first, for longer than max_completion_length;
+    # templates without this switch ignore it
+    "learning_rate": 1e-6,  # TRL's default, for full fine-tuning; ten times more with --use_peft
+    "max_completion_length": 512,  # TRL's default: enough to work out a problem of GSM8K without thinking. Look at
+    # completions/clipped_ratio: an answer that is cut has no result, and earns nothing however good it was
+    "mask_truncated_completions": True,  # so their tokens carry no loss; their 0 still counts in the mean
+    "num_generations": 4,  # answers for each prompt. TRL takes 2; the mean of three others is a better guess of what a prompt
+    # is worth than a single one, and fewer groups are all right or all wrong
+    "per_device_train_batch_size": 4,  # answers at once; the memory goes into logits: answers * tokens * vocabulary
+    "gradient_accumulation_steps": 16,  # 64 answers, 16 prompts for each step. All 64 are sampled at once and used once:
+    # steps_per_generation follows this number. More would take several steps on the same answers, and only then the
+    # ratio leaves 1 and the clipping has something to do
+    "beta": 0.01,  # the penalty is summed over the answer: at TRL's 0.05, 20 nats away from the reference cost as much as
+    # the reward for being right brings. With a reward model, which can be fooled, take 0.05
+    "num_train_epochs": 1,  # so every reward in the log is measured on problems that it has not been trained on
+    "warmup_steps": 0.05,  # a share of all steps
+    "lr_scheduler_type": "constant_with_warmup",
+    "eval_strategy": "steps",
+    "eval_steps": 100,
+    "num_generations_eval": 1,  # eval_rows problems with one answer measure more than a few problems with many
+    "per_device_eval_batch_size": 16,  # answers at once, with the logits of all of them
+    "save_steps": 100,
+    "bf16": is_torch_bf16_gpu_available(),  # TRL turns bf16 on by itself, which stops on a machine without such a GPU
+}
+
+
+# ---------------------------------------------------------------------------------------------------- model and trainer
+
+
+def text_of(completion) -> str:
+    """A completion is text where the prompt is, and a list with one message where the prompt is a list of messages."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def number_in(text: str) -> float | None:
+    """The number behind the last #: 19.0 for "7+9=16 16+3=19 #19", 1234.0 for "#### 1,234"."""
+    found = re.findall(r"#\s*\$?(-?[\d,]*\.?\d+)", text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+# A reward function gets everything by name: prompts, completions, completion_ids, and each further column of the data
+# set, all as lists with one entry for each answer. It returns such a list. None means: not for me to judge.
+
+
+def exact_answer(completions, answer, **others) -> list[float | None]:
+    """1 where the number behind the last # is that of the column `answer`, else 0; None where the column holds no number."""
+    truths = [number_in(f"#{truth}") for truth in answer]
+    return [
+        None if truth is None else float(number_in(text_of(completion)) == truth)
+        for completion, truth in zip(completions, truths, strict=True)
+    ]
+
+
+def answer_format(completions, **others) -> list[float]:
+    """1 where the answer ends with # and a number, right or wrong."""
+    return [float(bool(re.search(r"#\s*-?[\d,]*\.?\d+\s*$", text_of(completion)))) for completion in completions]
+
+
+def brevity(completion_ids, **others) -> list[float]:
+    """Minus one for each thousand tokens: of two right answers, the shorter one is better."""
+    return [-len(ids) / 1000 for ids in completion_ids]
+
+
+REWARDS = {function.__name__: function for function in (exact_answer, answer_format, brevity)}
+
+
+def reward_functions(script_args, columns: set[str]) -> list:
+    """The functions behind --reward_funcs, if they can be called with the columns of this data set."""
+    names = script_args.reward_funcs
+    if names is None:
+        names = [] if script_args.reward_model_name_or_path else ["exact_answer"]
+    given = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+    given |= columns - {"prompt", "completion"}
+    functions = []
+    sys.path.insert(0, str(Path.cwd()))  # where my_module.py is
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        if module:
+            try:
+                function = getattr(importlib.import_module(module), attribute)
+            except (ImportError, AttributeError) as error:
+                stop(f"cannot import the reward function {name!r}: {error}")
+        elif name in REWARDS:
+            function = REWARDS[name]
+        else:
+            stop(
+                f"--reward_funcs {name!r} is neither one of {sorted(REWARDS)} nor a dotted path: my_module.my_function"
+            )
+        try:
+            inspect.signature(function).bind(**dict.fromkeys(given))
+        except TypeError as error:
+            stop(
+                f"the reward function {name!r} gets {sorted(given)}: {error}. Rename your columns, choose others with "
+                "--reward_funcs or a model with --reward_model_name_or_path; let a function take the rest as **others"
+            )
+        functions.append(function)
+    return functions
+
+
+def reward_model(script_args, training_args, model_args):
+    """A sequence classifier with one output. TRL would load it too, but with the policy's --model_revision."""
+    name = script_args.reward_model_name_or_path
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            dtype=model_args.dtype,
+            trust_remote_code=training_args.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        stop(f"cannot load the reward model {name!r}: {str(error).splitlines()[0]}")
+    if model.config.num_labels != 1 or report["missing_keys"]:
+        stop(
+            f"{name!r} is no reward model, which has one trained output and can be made with reward.py: this one has "
+            f"{model.config.num_labels}, and the weights that it lacks are {sorted(report['missing_keys'])}"
+        )
+    return model
+
+
+def as_prompt(row: dict) -> dict:
+    """The prompt for a row of GSM8K. Its answers end with "#### 72", so that is what the model is asked for."""
+    request = "Think step by step. Write the result as a number in the last line, behind ####, like this: #### 42"
+    return {"prompt": [{"role": "user", "content": f"{row['question']}\n\n{request}"}]}
+
+
+def build(script_args, training_args, model_args, train_dataset, eval_dataset, tokenizer):
+    """The policy that is trained, what rewards its answers, and the reference that it may not leave too far behind.
+
+    Since beta is not 0, the trainer loads the same weights a second time; with an adapter (--use_peft) the reference is the
+    policy with the adapter switched off. Where the reward can be checked, --beta 0 does without.
+    """
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (training_args.model_init_kwargs or {})
+    if eval_dataset is not None:
+        eval_dataset = eval_dataset.take(script_args.eval_rows)
+    if "prompt" not in next(iter(train_dataset)):
+        train_dataset = train_dataset.map(as_prompt, remove_columns="question")
+        eval_dataset = eval_dataset and eval_dataset.map(as_prompt, remove_columns="question")
+    first_row = next(iter(train_dataset))
+    if is_conversational(first_row) and tokenizer.chat_template is None:
+        stop("the prompts are conversations, and the tokenizer has no chat template: take an instruct model")
+    prompts = training_args.generation_batch_size // training_args.num_generations
+    if hasattr(train_dataset, "__len__") and len(train_dataset) < prompts:
+        stop(
+            f"each step takes {prompts} prompts, and the data set has {len(train_dataset)}. TRL drops what fills no step, "
+            "which is all of it: give a smaller --per_device_train_batch_size or --gradient_accumulation_steps"
+        )
+    functions = reward_functions(script_args, set(first_row))
+    if script_args.reward_model_name_or_path:
+        functions.append(reward_model(script_args, training_args, model_args))
+    return RLOOTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=functions,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def show_row(trainer) -> None:
+    """Prints one row, an answer to it and what its group earns, after a look at the answers to the first four prompts.
+
+    That costs about as much as sampling for one step, and shows what would otherwise show after hours: answers that are all
+    cut before their end, and reward functions that score nothing.
+    """
+    say, args, tokenizer = trainer.accelerator.print, trainer.args, trainer.processing_class
+    rows = [row for row in islice(trainer.train_dataset, 4) for _ in range(args.num_generations)]
+    prompts = [prompt_ids(row, trainer) for row in rows]
+    set_seed(args.seed)
+    with torch.no_grad(), unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+        batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+        drawing = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
+        output = model.eval().generate(**batch, **drawing, max_new_tokens=args.max_completion_length)
+    answers, cut = output[:, batch["input_ids"].shape[1] :].tolist(), 0
+    for index, answer in enumerate(answers):
+        if tokenizer.eos_token_id in answer:
+            answers[index] = answer[: answer.index(tokenizer.eos_token_id) + 1]
+        else:
+            cut += 1
+    if cut == len(answers):
+        stop(
+            f"all of {cut} sampled answers were cut at max_completion_length={args.max_completion_length} tokens before "
+            "they came to their end, so no reward would judge a whole one: give a larger --max_completion_length, or a "
+            "model that comes to an end"
+        )
+    if cut:
+        say(f"{cut} of {len(answers)} sampled answers were cut at {args.max_completion_length} tokens.\n")
+    rewards = look_at_rewards(trainer, rows, answers)
+    say(f"{'prompt_ids':16}{tokenizer.decode(prompts[0])}")
+    for column in sorted(set(rows[0]) - {"prompt"}):  # for the reward functions; the model does not see it
+        say(f"{column:16}{rows[0][column]}")
+    say(f"{'completion_ids':16}{tokenizer.decode(answers[0])}")  # only these tokens carry loss
+    for name, values in rewards.items():  # the first one is that of the printed answer
+        say(f"{name:16}{' '.join(str(value) for value in values[: args.num_generations])}")
+
+
+def look_at_rewards(trainer, rows: list[dict], answers: list[list[int]]) -> dict[str, list[float | None]]:
+    """What each reward function gives to these answers, called as the trainer calls it."""
+    texts = trainer.processing_class.batch_decode(answers, skip_special_tokens=True)
+    chat = is_conversational(rows[0])
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "completion")}
+    columns |= {"trainer_state": trainer.state, "log_extra": lambda *_, **__: None, "log_metric": lambda *_, **__: None}
+    rewards = {}
+    for name, function in zip(trainer.reward_func_names, trainer.reward_funcs, strict=True):
+        if isinstance(function, torch.nn.Module) or inspect.iscoroutinefunction(function):
+            continue
+        values = function(
+            prompts=[row["prompt"] for row in rows],
+            completions=[[{"role": "assistant", "content": text}] if chat else text for text in texts],
+            completion_ids=answers,
+            **columns,
+        )
+        rewards[name] = values = list(values)
+        if len(values) != len(rows):
+            stop(
+                f"the reward function {name!r} returned {len(values)} values for {len(rows)} answers: one is due for each"
+            )
+        if any(value is not None and value != value for value in values):
+            stop(
+                f"the reward function {name!r} returned NaN. TRL would take it for None, which means that this function "
+                "does not judge the answer, and quietly leave it out: return a number, or None where you mean it"
+            )
+    if len(rewards) == len(trainer.reward_funcs) and all(set(values) == {None} for values in rewards.values()):
+        stop(
+            f"no reward function scored any of {len(rows)} sampled answers, all returned None. None is for answers that "
+            "another function scores; for exact_answer, the column answer must hold numbers"
+        )
+    return rewards
+
+
+# ----------------------------------------------------------------------------------------------------------- held out
+
+FIGURES = ("reward",)  # what the evaluation logs that is worth a line here
+
+
+def prompt_ids(row: dict, trainer) -> list[int]:
+    """The tokens of a row up to the point where the answer begins, as in training."""
+    prompt = (row if "prompt" in row else as_prompt(row))["prompt"]
+    if isinstance(prompt, str):
+        return trainer.processing_class(prompt)["input_ids"]
+    return trainer.processing_class.apply_chat_template(
+        prompt, add_generation_prompt=True, return_dict=True, **(trainer.args.chat_template_kwargs or {})
+    )["input_ids"]
+
+
+@torch.no_grad()
+def sample(trainer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+    """One answer for each prompt (token ids), sampled at temperature 1."""
+    set_seed(trainer.args.seed)
+    tokenizer = trainer.processing_class
+    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+        batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+        drawing = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        output = model.eval().generate(**batch, **drawing, max_new_tokens=max_new_tokens)
+    return tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def held_out(trainer, rows: list[dict], toy: bool) -> tuple[dict[str, float], list[tuple[str, str]]]:
+    """How good the policy is on data that it never trains on: figures, and a few samples as (prompt, answer)."""
+    metrics = trainer.evaluate() if FIGURES and trainer.eval_dataset is not None and not toy else {}
+    figures = {name: metrics[f"eval_{name}"] for name in FIGURES if f"eval_{name}" in metrics}
+    if toy:
+        rows = list(load_dataset(str(WORLD / "data" / "prompt_only"), split="test"))
+    if not rows:
+        return figures, []
+    prompts = [prompt_ids(row, trainer) for row in rows]
+    answers = sample(trainer, prompts, max_new_tokens=64 if toy else 256)
+    if toy:  # the toy world knows the truth: the number behind the last # is the sum, or it is not
+        right = [answer.endswith(f"#{row['answer']}") for answer, row in zip(answers, rows, strict=True)]
+        figures = {"right answers": sum(right) / len(right)} | figures
+    texts = trainer.processing_class.batch_decode(prompts[:3], skip_special_tokens=True)
+    set_seed(trainer.args.seed + trainer.accelerator.process_index)  # or all processes would train on the same answers
+    return figures, list(zip(texts, answers[:3], strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------ the run
+# From here on the fifteen scripts are the same to the letter.
+
+
+def parse(command_line: list[str]):
+    """Toy settings for the toy policy and for what was trained from it, real ones else; the YAML file; the flags."""
+    given = {}
+    if "--config" in command_line[:-1]:
+        given = yaml.safe_load(Path(command_line[command_line.index("--config") + 1]).read_text()) or {}
+    for word, following in zip(command_line, [*command_line, ""][1:], strict=True):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            given[name] = value if equals else following
+    model = given.get("model_name_or_path")
+    toy = model is None or is_toy_run(Path(model))
+    if model is None and {"dataset_name", "datasets"} & set(given):
+        stop("the toy policy knows nothing but sums: with --dataset_name, give your model with --model_name_or_path")
+    if toy and not WORLD.is_dir():
+        stop(f"there is no toy world in {WORLD}: run this script inside its repository, or give --model_name_or_path")
+    parser = TrlParser(FLAGS)
+    parser.set_defaults(**(TOY if toy else REAL))
+    return toy, *parser.parse_args_and_config(command_line)
+
+
+TAKERS = {  # columns -> the scripts for such rows
+    ("prompt", "completions", "labels"): "prm.py",
+    ("prompt", "completion", "label"): "kto.py and bco.py",
+    ("chosen", "rejected"): "dpo.py, cpo.py, orpo.py and reward.py",
+    ("prompt", "completion"): "sft.py and gkd.py",
+    ("messages",): "sft.py and gkd.py",
+    ("text",): "sft.py",
+    ("prompt",): "grpo.py, rloo.py, ppo.py, online_dpo.py, nash_md.py and xpo.py",
+}
+
+
+def is_toy_run(folder: Path) -> bool:
+    """Whether a run of one of these scripts on the toy world has written this folder."""
+    return (folder / "run.json").is_file() and json.loads((folder / "run.json").read_text())["toy"]
+
+
+def load_data(script_args, mixture_args):
+    """All splits, from the hub, from a folder with train.jsonl (.csv, .parquet) and test.jsonl, or as a mixture."""
+    if mixture_args.datasets:
+        return get_dataset(mixture_args)
+    name = script_args.dataset_name
+    try:
+        return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
+    except (StopIteration, OSError, ValueError, DatasetGenerationError) as error:
+        reason = str(error.__cause__ or error).splitlines() or [""]
+        if isinstance(error, StopIteration) or "no data" in reason[0] or "first 0 values" in reason[0]:
+            stop(f"a split of the data set {name!r} is empty")
+        stop(f"cannot load {name!r}, neither as a folder of data files nor from the hub: {reason[0]}")
+
+
+def load_split(dataset, split: str):
+    """One split, after a look at its first row."""
+    if split not in dataset:
+        stop(
+            f"there is no split {split!r}, only {sorted(dataset)}: choose with --dataset_train_split and "
+            "--dataset_test_split, or do without the held-out comparison with --eval_strategy no"
+        )
+    first = next(iter(dataset[split]), None)
+    if first is None:
+        stop(f"the split {split!r} is empty")
+    if not any(columns <= set(first) for columns in COLUMNS):
+        taker = next((scripts for columns, scripts in TAKERS.items() if set(columns) <= set(first)), None)
+        stop(
+            f"a row needs the columns {' or '.join(' + '.join(sorted(columns)) for columns in COLUMNS)}, and the split "
+            f"{split!r} has {sorted(first)}: {f'such rows are for {taker}' if taker else 'rename or map your columns'}"
+        )
+    return dataset[split]
+
+
+def load_tokenizer(script_args, training_args, model_args, first_row):
+    """The model's tokenizer, if it can render these rows and tell padding from the end of an answer."""
+    name = model_args.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            revision=model_args.model_revision,
+            trust_remote_code=getattr(training_args, "trust_remote_code", False),
+        )
+    except (OSError, ValueError) as error:
+        stop(f"cannot load {name!r}, which is neither a model folder here nor on the hub: {str(error).splitlines()[0]}")
+    vocabulary, pad_token = tokenizer.get_vocab(), (vars(script_args) | vars(training_args)).get("pad_token")
+    if pad_token is not None and pad_token not in vocabulary:
+        stop(f"--pad_token {pad_token!r} is not a token of {name!r}")
+    tokenizer.pad_token = pad_token or tokenizer.pad_token
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        spare = [token for token in vocabulary if re.match(r"[<\[].*(pad|reserved|unused|unk)", token)][:3]
+        stop(
+            f"the tokenizer of {name!r} pads with {tokenizer.pad_token!r} and ends answers with {tokenizer.eos_token!r}: "
+            "whoever masks the padding masks the end too, and such a model never learns to stop. Give a token that no "
+            "text holds with --pad_token" + (f", for example one of {spare}" if spare else "")
+        )
+    if is_conversational(first_row) and tokenizer.chat_template is None:
+        stop(f"the rows are conversations, and the tokenizer of {name!r} has no chat template: take an instruct model")
+    return tokenizer
+
+
+def check_folder(toy: bool, training_args, model_args) -> Path | None:
+    """Makes sure that output_dir can be written and holds nobody else's run; the checkpoint to go on from, if asked for."""
+    if training_args.output_dir == "trainer_output":  # transformers' default
+        training_args.output_dir = f"outputs/{SCRIPT}-{Path(model_args.model_name_or_path).name}"
+    output_dir, resume = Path(training_args.output_dir), training_args.resume_from_checkpoint
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        stop(f"cannot write to {output_dir}: {error.strerror}")
+    if resume:
+        newest = resume.lower() in ("true", "1", "yes")
+        found = output_dir.glob("checkpoint-*") if newest else [Path(resume)]
+        whole = [folder for folder in found if (folder / "trainer_state.json").is_file()]  # the file written last
+        if not whole:
+            stop(f"there is no whole checkpoint in {output_dir if newest else resume} to go on from")
+        return max(whole, key=lambda folder: int(folder.name.split("-")[-1])) if newest else whole[0]
+    if Path(model_args.model_name_or_path).resolve() == output_dir.resolve():
+        stop(f"{output_dir} holds the model to begin with, and this run would replace it: give a new --output_dir")
+    files, marker = {path.name for path in output_dir.iterdir()}, output_dir / "run.json"
+    mine = marker.is_file() and json.loads(marker.read_text()) == {"script": SCRIPT, "toy": toy}
+    if files and not (mine and (toy or files == {"run.json"})):  # a toy run may replace its predecessor
+        stop(
+            f"{output_dir} holds another run. Give a new --output_dir, or go on with that run: "
+            "--resume_from_checkpoint true"
+        )
+    return None
+
+
+def start(output_dir: Path, toy: bool, resume: Path | None) -> None:
+    """Clears away an earlier toy run, and says whose folder this is from now on."""
+    if toy and not resume:
+        shutil.rmtree(output_dir)
+        output_dir.mkdir()
+    (output_dir / "run.json").write_text(json.dumps({"script": SCRIPT, "toy": toy}))
+
+
+def save(trainer, output_dir: Path) -> None:
+    """Writes the model beside its place and moves it there when it is whole: a full disk leaves no half of a model."""
+    unfinished, main_process = output_dir / "unfinished", trainer.accelerator.is_main_process
+    try:
+        trainer.save_model(str(unfinished))  # in every process: each may hold a part of the weights
+        for path in unfinished.iterdir() if main_process else ():
+            path.replace(output_dir / path.name)
+    finally:
+        if main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def main() -> None:
+    toy, script_args, training_args, model_args, mixture_args = parse(sys.argv[1:])
+    resume = check_folder(toy, training_args, model_args)
+    output_dir = Path(training_args.output_dir)
+
+    # Data
+    dataset = load_data(script_args, mixture_args)
+    train_dataset = load_split(dataset, script_args.dataset_train_split)
+    eval_dataset = None
+    if toy or training_args.eval_strategy != "no":
+        eval_dataset = load_split(dataset, script_args.dataset_test_split)
+    rows = list(islice(eval_dataset or (), 2))
+    tokenizer = load_tokenizer(script_args, training_args, model_args, next(iter(train_dataset)))
+
+    # Model and trainer
+    trainer = build(script_args, training_args, model_args, train_dataset, eval_dataset, tokenizer)
+    say = trainer.accelerator.print
+    show_row(trainer)
+
+    # Train, with a look at the held-out data before and after
+    before, samples_before = held_out(trainer, rows, toy)
+    if trainer.accelerator.is_main_process:
+        start(output_dir, toy, resume)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.accelerator.num_processes > 1:
+        # evaluate() marks the model as prepared; train() would not wrap it, and each process train a model of its own
+        trainer.model._is_accelerate_prepared = False
+    started = time.perf_counter()
+    trainer.train(**({"resume_from_checkpoint": str(resume)} if resume else {}))
+    seconds = time.perf_counter() - started
+    after, samples_after = held_out(trainer, rows, toy)
+
+    say(f"\n{seconds:.0f} s of training. Held out:")
+    for name, value in after.items():
+        say(f"  {name:20}{before[name]:.3f} -> {value:.3f}")
+    for (prompt, old), (_, new) in zip(samples_before, samples_after, strict=True):
+        say(f"\n  {prompt}\n    before: {old}\n    after:  {new}")
+
+    # Save
+    save(trainer, output_dir)
+    trainer.save_state()
+    if trainer.accelerator.is_main_process:
+        result = {"seconds": seconds, "before": before, "after": after}
+        (output_dir / "held_out.json").write_text(json.dumps(result, indent=2))
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    say(f"\nThe model is in {output_dir}.")
+
+
+if __name__ == "__main__":
+    main()
