@@ -1,0 +1,570 @@
+# TRL's implementation: trl/experimental/ppo/ppo_trainer.py
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl==1.12.0",
+#     "transformers>=5.10.1,<5.24",
+#     "datasets>=4.7,<5.3",
+#     "peft>=0.20,<0.22",
+#     "accelerate>=1.12,<1.16",
+#     "torch>=2.11,<2.14",
+#     "requests>=2.33,<3",
+# ]
+# ///
+"""Proximal Policy Optimization (PPO): sample answers, let a reward model score them, make the better ones more likely.
+
+The loss of one sampled token (Schulman et al. 2017, arXiv 1707.06347, eq. 7), and what its advantage is made of: a score
+at the end of the answer and, at each token, a price for leaving the reference (Ziegler et al. 2019, arXiv 1909.08593, eq. 2):
+
+    loss   = -min(ratio * advantage, clip(ratio, 1 - cliprange, 1 + cliprange) * advantage),  ratio = p / p_when_sampled
+    reward = score (at the end only) - kl_coef * (logp - ref_logp)
+
+The advantage says how much better things went on from this token than a second trained model, the value model, had expected
+of the text before it (GAE: Schulman et al. 2015, arXiv 1506.02438).
+
+One row of data, which has no answer, since the policy writes its own:
+
+    {"prompt": [{"role": "user", "content": "7+9+3"}]}
+
+Run it:
+
+    python ppo.py                                               # the toy world, no network, no GPU needed
+    python ppo.py --model_name_or_path Qwen/Qwen3-0.6B --reward_model_path Skywork/Skywork-Reward-V2-Qwen3-0.6B
+    python ppo.py --model_name_or_path SFT_FOLDER --reward_model_path REWARD_FOLDER     # behind sft.py and reward.py
+    accelerate launch ppo.py --model_name_or_path ... --reward_model_path ... --use_peft --dtype bfloat16
+
+What to look at: objective/scores rises, objective/kl does not run away with it, and the held-out answers get better.
+"""
+
+import json
+import re
+import shutil
+import sys
+import tempfile
+import time
+from copy import deepcopy
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import PartialState
+from datasets import load_dataset
+from datasets.exceptions import DatasetGenerationError
+from packaging.version import Version
+from peft import inject_adapter_in_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers.utils import is_torch_tf32_available
+from transformers.utils.peft_utils import find_adapter_config_file
+
+
+def stop(message: str) -> None:
+    """Ends the run with a message for the user. Nothing has been trained or overwritten yet."""
+    raise SystemExit(f"{Path(__file__).name}: {message}")
+
+
+if Version(version("trl")) < Version("1.12.0"):
+    stop(f"this script needs trl 1.12.0 or newer, and trl {version('trl')} is installed: pip install 'trl==1.12.0'")
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+    is_conversational,
+    maybe_extract_prompt,
+)
+from trl.models.utils import unwrap_model_for_generation
+
+try:
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+except ImportError:
+    stop(
+        f"PPOTrainer was removed in TRL 1.13.0, and trl {version('trl')} is installed. Run `uv run {Path(__file__).name}`, "
+        "which takes the release that this script names, or pip install 'trl==1.12.0'. Its successors in TRL are RLOO and "
+        "GRPO, whose reward_funcs take a reward model too: rloo.py and grpo.py"
+    )
+
+# ---------------------------------------------------------------------------------------------------------- settings
+# TRL's defaults hold unless a line below changes them; a flag or a line of the YAML file behind --config overrides both.
+
+
+@dataclass
+class Arguments(ScriptArguments):
+    pad_token: str | None = field(
+        default=None,
+        metadata={"help": "token that fills up short rows; must differ from the end token"},
+    )
+    max_prompt_length: int = field(
+        default=512,
+        metadata={"help": "prompts with more tokens are left out; a batch is as wide as its longest prompt"},
+    )
+
+
+SCRIPT = "ppo"
+FLAGS = (Arguments, PPOConfig, ModelConfig, DatasetMixtureConfig)  # each of their fields is a flag
+COLUMNS = ({"prompt"},)  # a row needs one of these sets; more columns do no harm
+WORLD = Path(__file__).resolve().parent / "toy"
+
+TOY = {
+    "model_name_or_path": str(WORLD / "policy"),  # 0.9M parameters: adds well, slips often (toy/README.md)
+    "reward_model_path": str(WORLD / "reward_model"),  # gives a right answer about 6 and a wrong one about -7
+    "sft_model_path": None,  # PPOTrainer never reads it: the policy is model_name_or_path, as in all these scripts
+    "dataset_name": str(WORLD / "data" / "prompt_only"),  # sums that it has never seen
+    "output_dir": "outputs/ppo-toy",
+    "learning_rate": 1e-4,  # 30 times TRL's default: a model of 0.9M parameters moves little at once
+    "per_device_train_batch_size": 64,  # answers that are sampled and scored, and then learned from
+    "max_steps": 20,  # rounds of that; build() tells PPOTrainer, which counts answers
+    "num_ppo_epochs": 2,  # passes over the answers of a round; the policy that sampled them is left after the first step
+    "num_mini_batches": 4,  # steps of the optimizer in each pass, 16 answers each
+    "kl_coef": 1.0,  # score for each nat that an answer is more likely than under the reference; the scores lie 13 apart.
+    # At 0.05, TRL's default, one of two seeds found what the reward model overlooks: 9+2+1+5+2 answered with 1+2=3 3+1=4 ... #11
+    # gets 7.9. Then scores and KL rise (past 1) while right answers fall
+    "cliprange_value": 100.0,  # no limit; 0.2 is small for a value model on the scale of these scores
+    "temperature": 1.0,  # learns what the held-out answers are sampled with; at 0.7 the slips are rare
+    "response_length": 40,  # tokens; the longest right answer has 35
+    "stop_token": "eos",  # without it each answer goes on to response_length, and so does the model that is saved
+    "num_sample_generations": 0,  # tables of answers while it trains; the held-out samples show the same
+    "gradient_checkpointing": False,  # would save memory that the toy does not need
+    "bf16": False,  # float32 on every device, so that the figures can be compared
+    "save_strategy": "no",  # the run is short; the model is saved at its end
+}
+
+REAL = {
+    "reward_model_path": None,  # must be given; PPOConfig's own default is a language model of another family
+    "sft_model_path": None,
+    "dataset_name": "trl-lib/ultrafeedback-prompt",
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 8,  # 32 answers in each round. Their logits wait in memory until all are sampled: 32
+    # answers * 256 tokens * 152k words of Qwen3 * 4 bytes = 5 GB, and twice that while they are put together
+    "local_rollout_forward_batch_size": 8,  # answers that are sampled at once, and scored by reference and reward model
+    "num_train_epochs": 1,  # so that every prompt is new
+    "response_length": 256,  # tokens; longer answers are cut
+    "stop_token": "eos",  # as above; it is not the default
+    "missing_eos_penalty": 1.0,  # taken from the score of an answer that is cut: the reward model has seen whole ones only
+    "temperature": 1.0,  # TRL's 0.7 would train a sharper policy than the one that is sampled at 1 later
+    "warmup_steps": 0.05,  # a share of all rounds
+    "lr_scheduler_type": "cosine",
+    "eval_strategy": "steps",  # PPOTrainer does not evaluate; this loads the prompts for the samples before and after
+    "save_only_model": True,  # it cannot resume either, so a checkpoint is a model and no more
+    "bf16": False,  # PPOTrainer ignores it and computes in --dtype: float32 by default, bfloat16 is for --use_peft
+    "tf32": is_torch_tf32_available(),  # float32 matrix products on tensor cores
+}
+
+
+# ---------------------------------------------------------------------------------------------------- model and trainer
+
+
+def check_flags(script_args, training_args, model_args) -> None:
+    """Stops at flags that PPOTrainer takes without a word and then ignores, or does something else with."""
+    if training_args.resume_from_checkpoint:
+        stop("PPOTrainer cannot resume a run: start again without --resume_from_checkpoint, in a new --output_dir")
+    if training_args.reward_model_path is None:
+        stop(
+            "PPO needs a reward model that reads the policy's tokens: give --reward_model_path, for example "
+            "Skywork/Skywork-Reward-V2-Qwen3-0.6B for a Qwen3, or a folder that reward.py has written"
+        )
+    if training_args.sft_model_path not in (None, model_args.model_name_or_path):
+        stop(
+            "the policy and its reference are --model_name_or_path: leave --sft_model_path out, PPOTrainer never reads it"
+        )
+    if training_args.bf16 or training_args.fp16:
+        stop("PPOTrainer ignores --bf16 and --fp16: it computes in the type of the weights, for which there is --dtype")
+    if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
+        stop("quantized weights cannot learn: give --use_peft too")
+    for name, kind in (
+        (model_args.model_name_or_path, "CausalLM"),
+        (training_args.reward_model_path, "SequenceClassification"),
+    ):
+        if find_adapter_config_file(name):  # transformers would load it with its base, and freeze both
+            stop(
+                f"{name!r} holds an adapter, which would be frozen like its base. Merge it into its base: peft.AutoPeftModelFor{kind}"
+                f".from_pretrained({name!r}).merge_and_unload().save_pretrained(FOLDER), copy the tokenizer's files "
+                "there too, and give that folder"
+            )
+    if script_args.dataset_streaming:
+        stop("PPOTrainer has to know the number of prompts: load them without --dataset_streaming")
+    if training_args.num_mini_batches > 1 and training_args.gradient_accumulation_steps > 1:
+        stop(
+            "with --gradient_accumulation_steps above 1, PPOTrainer takes one step of the optimizer in each pass, whatever "
+            "--num_mini_batches says, and divides its metrics by a wrong number: give 1 for one of the two"
+        )
+
+
+def tokenize(dataset, tokenizer, max_length: int):
+    """Prompts as token ids, without those of more than max_length: PPOTrainer applies no chat template and cuts nothing."""
+    with PartialState().main_process_first():
+        ids = dataset.map(lambda row: {"input_ids": prompt_ids(row, tokenizer)}, remove_columns=dataset.column_names)
+        short = ids.filter(lambda row: len(row["input_ids"]) <= max_length)
+    if len(short) < len(ids):
+        PartialState().print(
+            f"{len(ids) - len(short)} of {len(ids)} prompts have more than {max_length} tokens and are left out."
+        )
+    return short
+
+
+def load_reward_model(training_args, model_args, tokenizer):
+    """The reward model, if it is one and can read what the policy writes: PPOTrainer gives it the policy's token ids."""
+    name = training_args.reward_model_path
+    try:
+        vocabulary = AutoTokenizer.from_pretrained(name).get_vocab()
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        stop(f"cannot load the reward model {name!r}, from a folder or from the hub: {str(error).splitlines()[0]}")
+    if report["missing_keys"] or model.config.num_labels != 1:
+        stop(
+            f"{name!r} is not a reward model: it has to give one number for an answer, and "
+            + ("has no weights for that, so they would be random" if report["missing_keys"] else "gives several")
+            + ". reward.py trains one"
+        )
+    for token, number in tokenizer.get_vocab().items():
+        if vocabulary.get(token) != number:
+            stop(
+                f"the reward model {name!r} has another vocabulary than the policy: {token!r} is token {number} for the "
+                f"policy and {vocabulary.get(token)} for the reward model, which would score other words than were "
+                "written. Take one that was trained from the same family of models, or train it with reward.py"
+            )
+    return model
+
+
+def build(script_args, training_args, model_args, train_dataset, eval_dataset, tokenizer):
+    """Four models: policy and value model learn, the reference and the reward model stay as they are.
+
+    The value model begins as a copy of the reward model, as in InstructGPT (Ouyang et al. 2022, arXiv 2203.02155, section
+    3.5): it is to foresee the score. Without ref_model the trainer copies the policy; with an adapter (--use_peft) the
+    reference is the policy with the adapter switched off.
+    """
+    check_flags(script_args, training_args, model_args)
+    set_seed(training_args.seed)  # PPOTrainer seeds torch, and not numpy, which shuffles its mini batches
+
+    # Data
+    tokenizer.padding_side = "left"  # so that an answer follows its prompt; PPOTrainer leaves this to its caller
+    if "enable_thinking" in (tokenizer.chat_template or ""):  # Qwen3 thinks for longer than response_length
+        tokenizer.chat_template = "{% set enable_thinking = false %}" + tokenizer.chat_template
+    train_dataset = tokenize(train_dataset, tokenizer, script_args.max_prompt_length)
+    if eval_dataset is not None:
+        eval_dataset = tokenize(eval_dataset, tokenizer, script_args.max_prompt_length)
+    batch = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    batch *= PartialState().num_processes
+    if len(train_dataset) < batch:
+        stop(
+            f"a round takes {batch} prompts, and there are {len(train_dataset)} of at most "
+            f"{script_args.max_prompt_length} tokens, so PPOTrainer would wait for more for ever: lower "
+            "--per_device_train_batch_size or --gradient_accumulation_steps, or raise --max_prompt_length"
+        )
+    if training_args.total_episodes is None and training_args.max_steps > 0:  # PPOTrainer does not read max_steps
+        training_args.total_episodes = training_args.max_steps * batch
+
+    # Models
+    quantization = get_quantization_config(model_args)
+    policy = AutoModelForCausalLM.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        quantization_config=quantization,
+        device_map={"": PartialState().local_process_index} if quantization else None,
+    )
+    reward_model = load_reward_model(training_args, model_args, tokenizer)
+    value_model = deepcopy(reward_model)
+    if model_args.use_peft:  # TRL gives the policy an adapter, and would train all weights of the value model
+        inject_adapter_in_model(get_peft_config(model_args), value_model)
+        for weight in value_model.parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.float()  # bfloat16 would round small steps away
+    if training_args.gradient_checkpointing:  # PPOTrainer leaves this to its caller
+        for model in (policy, value_model):
+            model.gradient_checkpointing_enable(training_args.gradient_checkpointing_kwargs)
+
+    trainer = PPOTrainer(
+        args=training_args,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=None,
+        reward_model=reward_model,
+        value_model=value_model,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        peft_config=get_peft_config(model_args),
+    )
+    # PPOTrainer builds itself without Trainer's __init__, and several processes miss some of what that sets
+    trainer.is_distributed_loading_by_transformers = False
+    if not hasattr(trainer.model, "policy"):
+        inner = trainer.accelerator.unwrap_model(trainer.model)
+        trainer.model.policy, trainer.model.config = inner.policy, inner.config
+    return trainer
+
+
+@torch.no_grad()
+def show_row(trainer) -> None:
+    """Prints a prompt, an answer to it and its score, and how many of 16 answers are cut at response_length."""
+    say, tokenizer, limit = trainer.accelerator.print, trainer.processing_class, trainer.args.response_length
+    prompts = trainer.train_dataset[:16]["input_ids"]
+    answers = sample(trainer, prompts, limit, skip_special_tokens=False)
+    end = tokenizer.decode(tokenizer.eos_token_id if trainer.stop_token_id is None else trainer.stop_token_id)
+    cut = sum(end not in answer for answer in answers)
+    if cut == len(answers):
+        stop(
+            f"none of {cut} answers comes to an end within response_length={limit} tokens, so the reward model would see "
+            "beginnings only: give a larger --response_length"
+        )
+    if cut:
+        say(f"{cut} of {len(answers)} answers are longer than response_length={limit} tokens and lose their end.\n")
+    answer = answers[0].replace(tokenizer.pad_token, "")
+    row = prompts[0] + tokenizer(answer, add_special_tokens=False)["input_ids"]
+    score = trainer.reward_model(torch.tensor([row], device=trainer.accelerator.device)).logits.item()
+    say(f"prompt_ids   {tokenizer.decode(prompts[0])}")
+    say(f"answer       {answer}")  # its tokens carry loss
+    say(f"score        {score:.2f}")
+
+
+# ----------------------------------------------------------------------------------------------------------- held out
+
+FIGURES = ()  # PPOTrainer does not evaluate
+
+
+def prompt_ids(row: dict, tokenizer) -> list[int]:
+    """The tokens of a row up to the point where the answer begins."""
+    row = {"prompt": row["messages"][:-1]} if "messages" in row else maybe_extract_prompt(row)
+    if is_conversational(row):
+        return tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
+    return tokenizer(row["prompt"])["input_ids"]
+
+
+@torch.no_grad()
+def sample(trainer, prompts: list[list[int]], max_new_tokens: int, skip_special_tokens: bool = True) -> list[str]:
+    """One answer for each prompt (token ids), sampled at temperature 1."""
+    set_seed(trainer.args.seed)
+    tokenizer = trainer.processing_class
+    with unwrap_model_for_generation(trainer.model, trainer.accelerator) as model:
+        policy = model.policy.eval()  # the value model stands beside it
+        batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(policy.device)
+        drawing = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        output = policy.generate(**batch, **drawing, max_new_tokens=max_new_tokens)
+    return tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=skip_special_tokens)
+
+
+def held_out(trainer, rows: list[dict], toy: bool) -> tuple[dict[str, float], list[tuple[str, str]]]:
+    """How good the policy is on data that it never trains on: figures, and a few samples as (prompt, answer)."""
+    metrics = trainer.evaluate() if FIGURES and trainer.eval_dataset is not None else {}
+    figures = {name: metrics[f"eval_{name}"] for name in FIGURES if f"eval_{name}" in metrics}
+    if toy:
+        rows = list(load_dataset(str(WORLD / "data" / "prompt_only"), split="test"))
+    rows = [row for row in rows if "text" not in row]  # plain text has no prompt
+    if not rows:
+        return figures, []
+    prompts = [prompt_ids(row, trainer.processing_class) for row in rows]
+    answers = sample(trainer, prompts, max_new_tokens=64 if toy else 256)
+    if toy:  # the toy world knows the truth: the number behind the last # is the sum, or it is not
+        right = [answer.endswith(f"#{row['answer']}") for answer, row in zip(answers, rows, strict=True)]
+        figures = {"right answers": sum(right) / len(right)} | figures
+    texts = trainer.processing_class.batch_decode(prompts[:3], skip_special_tokens=True)
+    return figures, list(zip(texts, answers[:3], strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------ the run
+# From here on the fifteen scripts are the same to the letter.
+
+
+def parse(command_line: list[str]):
+    """Toy settings for the toy policy and for what was trained from it, real ones else; the YAML file; the flags."""
+    given = {}
+    if "--config" in command_line[:-1]:
+        given = yaml.safe_load(Path(command_line[command_line.index("--config") + 1]).read_text()) or {}
+    for word, following in zip(command_line, [*command_line, ""][1:], strict=True):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            given[name] = value if equals else following
+    model = given.get("model_name_or_path")
+    toy = model is None or is_toy_run(Path(model))
+    if model is None and {"dataset_name", "datasets"} & set(given):
+        stop("the toy policy knows nothing but sums: with --dataset_name, give your model with --model_name_or_path")
+    if toy and not WORLD.is_dir():
+        stop(f"there is no toy world in {WORLD}: run this script inside its repository, or give --model_name_or_path")
+    parser = TrlParser(FLAGS)
+    parser.set_defaults(**(TOY if toy else REAL))
+    return toy, *parser.parse_args_and_config(command_line)
+
+
+TAKERS = {  # columns -> the scripts for such rows
+    ("prompt", "completions", "labels"): "prm.py",
+    ("prompt", "completion", "label"): "kto.py and bco.py",
+    ("chosen", "rejected"): "dpo.py, cpo.py, orpo.py and reward.py",
+    ("prompt", "completion"): "sft.py and gkd.py",
+    ("messages",): "sft.py and gkd.py",
+    ("text",): "sft.py",
+    ("prompt",): "grpo.py, rloo.py, ppo.py, online_dpo.py, nash_md.py and xpo.py",
+}
+
+
+def is_toy_run(folder: Path) -> bool:
+    """Whether a run of one of these scripts on the toy world has written this folder."""
+    return (folder / "run.json").is_file() and json.loads((folder / "run.json").read_text())["toy"]
+
+
+def load_data(script_args, mixture_args):
+    """All splits, from the hub, from a folder with train.jsonl (.csv, .parquet) and test.jsonl, or as a mixture."""
+    if mixture_args.datasets:
+        return get_dataset(mixture_args)
+    name = script_args.dataset_name
+    try:
+        return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
+    except (StopIteration, OSError, ValueError, DatasetGenerationError) as error:
+        reason = str(error.__cause__ or error).splitlines() or [""]
+        if isinstance(error, StopIteration) or "no data" in reason[0] or "first 0 values" in reason[0]:
+            stop(f"a split of the data set {name!r} is empty")
+        stop(f"cannot load {name!r}, neither as a folder of data files nor from the hub: {reason[0]}")
+
+
+def load_split(dataset, split: str):
+    """One split, after a look at its first row."""
+    if split not in dataset:
+        stop(
+            f"there is no split {split!r}, only {sorted(dataset)}: choose with --dataset_train_split and "
+            "--dataset_test_split, or do without the held-out comparison with --eval_strategy no"
+        )
+    first = next(iter(dataset[split]), None)
+    if first is None:
+        stop(f"the split {split!r} is empty")
+    if not any(columns <= set(first) for columns in COLUMNS):
+        taker = next((scripts for columns, scripts in TAKERS.items() if set(columns) <= set(first)), None)
+        stop(
+            f"a row needs the columns {' or '.join(' + '.join(sorted(columns)) for columns in COLUMNS)}, and the split "
+            f"{split!r} has {sorted(first)}: {f'such rows are for {taker}' if taker else 'rename or map your columns'}"
+        )
+    return dataset[split]
+
+
+def load_tokenizer(script_args, training_args, model_args, first_row):
+    """The model's tokenizer, if it can render these rows and tell padding from the end of an answer."""
+    name = model_args.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            revision=model_args.model_revision,
+            trust_remote_code=getattr(training_args, "trust_remote_code", False),
+        )
+    except (OSError, ValueError) as error:
+        stop(f"cannot load {name!r}, which is neither a model folder here nor on the hub: {str(error).splitlines()[0]}")
+    vocabulary, pad_token = tokenizer.get_vocab(), (vars(script_args) | vars(training_args)).get("pad_token")
+    if pad_token is not None and pad_token not in vocabulary:
+        stop(f"--pad_token {pad_token!r} is not a token of {name!r}")
+    tokenizer.pad_token = pad_token or tokenizer.pad_token
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        spare = [token for token in vocabulary if re.match(r"[<\[].*(pad|reserved|unused|unk)", token)][:3]
+        stop(
+            f"the tokenizer of {name!r} pads with {tokenizer.pad_token!r} and ends answers with {tokenizer.eos_token!r}: "
+            "whoever masks the padding masks the end too, and such a model never learns to stop. Give a token that no "
+            "text holds with --pad_token" + (f", for example one of {spare}" if spare else "")
+        )
+    if is_conversational(first_row) and tokenizer.chat_template is None:
+        stop(f"the rows are conversations, and the tokenizer of {name!r} has no chat template: take an instruct model")
+    return tokenizer
+
+
+def check_folder(toy: bool, training_args, model_args) -> Path | None:
+    """Makes sure that output_dir can be written and holds nobody else's run; the checkpoint to go on from, if asked for."""
+    if training_args.output_dir == "trainer_output":  # transformers' default
+        training_args.output_dir = f"outputs/{SCRIPT}-{Path(model_args.model_name_or_path).name}"
+    output_dir, resume = Path(training_args.output_dir), training_args.resume_from_checkpoint
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        stop(f"cannot write to {output_dir}: {error.strerror}")
+    if resume:
+        newest = resume.lower() in ("true", "1", "yes")
+        found = output_dir.glob("checkpoint-*") if newest else [Path(resume)]
+        whole = [folder for folder in found if (folder / "trainer_state.json").is_file()]  # the file written last
+        if not whole:
+            stop(f"there is no whole checkpoint in {output_dir if newest else resume} to go on from")
+        return max(whole, key=lambda folder: int(folder.name.split("-")[-1])) if newest else whole[0]
+    if Path(model_args.model_name_or_path).resolve() == output_dir.resolve():
+        stop(f"{output_dir} holds the model to begin with, and this run would replace it: give a new --output_dir")
+    files, marker = {path.name for path in output_dir.iterdir()}, output_dir / "run.json"
+    mine = marker.is_file() and json.loads(marker.read_text()) == {"script": SCRIPT, "toy": toy}
+    if files and not (mine and (toy or files == {"run.json"})):  # a toy run may replace its predecessor
+        stop(
+            f"{output_dir} holds another run. Give a new --output_dir, or go on with that run: "
+            "--resume_from_checkpoint true"
+        )
+    return None
+
+
+def start(output_dir: Path, toy: bool, resume: Path | None) -> None:
+    """Clears away an earlier toy run, and says whose folder this is from now on."""
+    if toy and not resume:
+        shutil.rmtree(output_dir)
+        output_dir.mkdir()
+    (output_dir / "run.json").write_text(json.dumps({"script": SCRIPT, "toy": toy}))
+
+
+def save(trainer, output_dir: Path) -> None:
+    """Writes the model beside its place and moves it there when it is whole: a full disk leaves no half of a model."""
+    unfinished, main_process = output_dir / "unfinished", trainer.accelerator.is_main_process
+    try:
+        trainer.save_model(str(unfinished))  # in every process: each may hold a part of the weights
+        for path in unfinished.iterdir() if main_process else ():
+            path.replace(output_dir / path.name)
+    finally:
+        if main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def main() -> None:
+    toy, script_args, training_args, model_args, mixture_args = parse(sys.argv[1:])
+    resume = check_folder(toy, training_args, model_args)
+    output_dir = Path(training_args.output_dir)
+
+    # Data
+    dataset = load_data(script_args, mixture_args)
+    train_dataset = load_split(dataset, script_args.dataset_train_split)
+    eval_dataset = None
+    if toy or training_args.eval_strategy != "no":
+        eval_dataset = load_split(dataset, script_args.dataset_test_split)
+    rows = list(islice(eval_dataset or (), 2))
+    tokenizer = load_tokenizer(script_args, training_args, model_args, next(iter(train_dataset)))
+
+    # Model and trainer
+    trainer = build(script_args, training_args, model_args, train_dataset, eval_dataset, tokenizer)
+    say = trainer.accelerator.print
+    show_row(trainer)
+
+    # Train, with a look at the held-out data before and after
+    before, samples_before = held_out(trainer, rows, toy)
+    if trainer.accelerator.is_main_process:
+        start(output_dir, toy, resume)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.accelerator.num_processes > 1:
+        # evaluate() marks the model as prepared; train() would not wrap it, and each process train a model of its own
+        trainer.model._is_accelerate_prepared = False
+    started = time.perf_counter()
+    trainer.train(**({"resume_from_checkpoint": str(resume)} if resume else {}))
+    seconds = time.perf_counter() - started
+    after, samples_after = held_out(trainer, rows, toy)
+
+    say(f"\n{seconds:.0f} s of training. Held out:")
+    for name, value in after.items():
+        say(f"  {name:20}{before[name]:.3f} -> {value:.3f}")
+    for (prompt, old), (_, new) in zip(samples_before, samples_after, strict=True):
+        say(f"\n  {prompt}\n    before: {old}\n    after:  {new}")
+
+    # Save
+    save(trainer, output_dir)
+    trainer.save_state()
+    if trainer.accelerator.is_main_process:
+        result = {"seconds": seconds, "before": before, "after": after}
+        (output_dir / "held_out.json").write_text(json.dumps(result, indent=2))
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    say(f"\nThe model is in {output_dir}.")
+
+
+if __name__ == "__main__":
+    main()
