@@ -54,9 +54,8 @@ def test_the_commands_of_a_recipe_name_files_that_exist(recipe):
 def test_without_an_accelerator_the_fsdp_recipe_does_not_shard(tmp_path):
     """What recipes/README.md says: two processes on a CPU get plain data parallelism, and nothing warns."""
     script = tmp_path / "which.py"
-    script.write_text(
-        "from accelerate import Accelerator\nprint('type:', Accelerator(cpu=True).distributed_type.value)\n"
-    )
+    line = "sys.stdout.write(f'type: {Accelerator(cpu=True).distributed_type.value}\\n')"  # in one piece, from each process
+    script.write_text(f"import sys\nfrom accelerate import Accelerator\n{line}\n")
     config = str(EXAMPLES / "recipes" / "accelerate" / "fsdp2.yaml")
     launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", config]
     done = run([*launch, "--num_processes", "2", "--mixed_precision", "no", str(script)], tmp_path)
