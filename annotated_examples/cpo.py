@@ -57,6 +57,7 @@ import yaml
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from packaging.version import Version
+from torch.random import fork_rng
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -216,10 +217,10 @@ def prompt_ids(row: dict, tokenizer) -> list[int]:
 
 @torch.no_grad()
 def sample(trainer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-    """One answer for each prompt (token ids), sampled at temperature 1."""
-    set_seed(trainer.args.seed)
-    tokenizer = trainer.processing_class
-    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+    """One answer for each prompt (token ids), sampled at temperature 1. Training draws as if nobody had looked."""
+    tokenizer, gpus = trainer.processing_class, [trainer.args.device] if trainer.args.device.type == "cuda" else []
+    with fork_rng(gpus), unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+        torch.manual_seed(trainer.args.seed)
         batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
         drawing = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
         output = model.eval().generate(**batch, **drawing, max_new_tokens=max_new_tokens)
@@ -308,12 +309,17 @@ def load_split(dataset, split: str):
     first = next(iter(dataset[split]), None)
     if first is None:
         stop(f"the split {split!r} is empty")
-    if not any(columns <= set(first) for columns in COLUMNS):
+    columns = next((columns for columns in COLUMNS if columns <= set(first)), None)
+    if columns is None:
         taker = next((scripts for columns, scripts in TAKERS.items() if set(columns) <= set(first)), None)
         stop(
             f"a row needs the columns {' or '.join(' + '.join(sorted(columns)) for columns in COLUMNS)}, and the split "
             f"{split!r} has {sorted(first)}: {f'such rows are for {taker}' if taker else 'rename or map your columns'}"
         )
+    if "chosen" in columns and isinstance(first["chosen"], list):
+        # HuggingFaceH4/ultrafeedback_binarized has the prompt also as a text, and the chosen conversation also as messages
+        twice = {"messages"} | ({"prompt"} if isinstance(first.get("prompt"), str) else set())
+        return dataset[split].remove_columns(sorted(twice & set(first)))
     return dataset[split]
 
 
@@ -331,6 +337,7 @@ def load_tokenizer(script_args, training_args, model_args, first_row):
     vocabulary, pad_token = tokenizer.get_vocab(), (vars(script_args) | vars(training_args)).get("pad_token")
     if pad_token is not None and pad_token not in vocabulary:
         stop(f"--pad_token {pad_token!r} is not a token of {name!r}")
+    tokenizer.eos_token = getattr(training_args, "eos_token", None) or tokenizer.eos_token
     tokenizer.pad_token = pad_token or tokenizer.pad_token
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         spare = [token for token in vocabulary if re.match(r"[<\[].*(pad|reserved|unused|unk)", token)][:3]
@@ -339,7 +346,8 @@ def load_tokenizer(script_args, training_args, model_args, first_row):
             "whoever masks the padding masks the end too, and such a model never learns to stop. Give a token that no "
             "text holds with --pad_token" + (f", for example one of {spare}" if spare else "")
         )
-    if is_conversational(first_row) and tokenizer.chat_template is None:
+    columns = {name: value for name, value in first_row.items() if not isinstance(value, str)}  # a text beside messages
+    if is_conversational(columns) and tokenizer.chat_template is None:
         stop(f"the rows are conversations, and the tokenizer of {name!r} has no chat template: take an instruct model")
     return tokenizer
 

@@ -58,7 +58,8 @@ import yaml
 from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError
 from packaging.version import Version
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from torch.random import fork_rng
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import is_torch_bf16_gpu_available
 
 
@@ -306,8 +307,13 @@ def show_row(trainer) -> None:
     say, args, tokenizer = trainer.accelerator.print, trainer.args, trainer.processing_class
     rows = [row for row in islice(trainer.train_dataset, 4) for _ in range(args.num_generations)]
     prompts = [prompt_ids(row, trainer) for row in rows]
-    set_seed(args.seed)
-    with torch.no_grad(), unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+    gpus = [args.device] if args.device.type == "cuda" else []
+    with (
+        fork_rng(gpus),
+        torch.no_grad(),
+        unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model,
+    ):
+        torch.manual_seed(args.seed)
         batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
         drawing = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
         output = model.eval().generate(**batch, **drawing, max_new_tokens=args.max_completion_length)
@@ -385,10 +391,10 @@ def prompt_ids(row: dict, trainer) -> list[int]:
 
 @torch.no_grad()
 def sample(trainer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-    """One answer for each prompt (token ids), sampled at temperature 1."""
-    set_seed(trainer.args.seed)
-    tokenizer = trainer.processing_class
-    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+    """One answer for each prompt (token ids), sampled at temperature 1. Training draws as if nobody had looked."""
+    tokenizer, gpus = trainer.processing_class, [trainer.args.device] if trainer.args.device.type == "cuda" else []
+    with fork_rng(gpus), unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+        torch.manual_seed(trainer.args.seed)
         batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
         drawing = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
         output = model.eval().generate(**batch, **drawing, max_new_tokens=max_new_tokens)
@@ -409,7 +415,6 @@ def held_out(trainer, rows: list[dict], toy: bool) -> tuple[dict[str, float], li
         right = [answer.endswith(f"#{row['answer']}") for answer, row in zip(answers, rows, strict=True)]
         figures = {"right answers": sum(right) / len(right)} | figures
     texts = trainer.processing_class.batch_decode(prompts[:3], skip_special_tokens=True)
-    set_seed(trainer.args.seed + trainer.accelerator.process_index)  # or all processes would train on the same answers
     return figures, list(zip(texts, answers[:3], strict=True))
 
 
@@ -477,12 +482,17 @@ def load_split(dataset, split: str):
     first = next(iter(dataset[split]), None)
     if first is None:
         stop(f"the split {split!r} is empty")
-    if not any(columns <= set(first) for columns in COLUMNS):
+    columns = next((columns for columns in COLUMNS if columns <= set(first)), None)
+    if columns is None:
         taker = next((scripts for columns, scripts in TAKERS.items() if set(columns) <= set(first)), None)
         stop(
             f"a row needs the columns {' or '.join(' + '.join(sorted(columns)) for columns in COLUMNS)}, and the split "
             f"{split!r} has {sorted(first)}: {f'such rows are for {taker}' if taker else 'rename or map your columns'}"
         )
+    if "chosen" in columns and isinstance(first["chosen"], list):
+        # HuggingFaceH4/ultrafeedback_binarized has the prompt also as a text, and the chosen conversation also as messages
+        twice = {"messages"} | ({"prompt"} if isinstance(first.get("prompt"), str) else set())
+        return dataset[split].remove_columns(sorted(twice & set(first)))
     return dataset[split]
 
 
@@ -500,6 +510,7 @@ def load_tokenizer(script_args, training_args, model_args, first_row):
     vocabulary, pad_token = tokenizer.get_vocab(), (vars(script_args) | vars(training_args)).get("pad_token")
     if pad_token is not None and pad_token not in vocabulary:
         stop(f"--pad_token {pad_token!r} is not a token of {name!r}")
+    tokenizer.eos_token = getattr(training_args, "eos_token", None) or tokenizer.eos_token
     tokenizer.pad_token = pad_token or tokenizer.pad_token
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         spare = [token for token in vocabulary if re.match(r"[<\[].*(pad|reserved|unused|unk)", token)][:3]
@@ -508,7 +519,8 @@ def load_tokenizer(script_args, training_args, model_args, first_row):
             "whoever masks the padding masks the end too, and such a model never learns to stop. Give a token that no "
             "text holds with --pad_token" + (f", for example one of {spare}" if spare else "")
         )
-    if is_conversational(first_row) and tokenizer.chat_template is None:
+    columns = {name: value for name, value in first_row.items() if not isinstance(value, str)}  # a text beside messages
+    if is_conversational(columns) and tokenizer.chat_template is None:
         stop(f"the rows are conversations, and the tokenizer of {name!r} has no chat template: take an instruct model")
     return tokenizer
 

@@ -1,5 +1,6 @@
 """What every example script is tested for. A test file of one script makes a class from `Example`: see test_example_dpo.py."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -34,6 +35,21 @@ PREFERENCE = {  # TRL's formats: https://huggingface.co/docs/trl/dataset_formats
     "conversational, implicit prompt": {"chosen": USER + ASSISTANT, "rejected": USER + MISTAKEN},
     "text, explicit prompt": {"prompt": PROMPT + " ", "chosen": RIGHT, "rejected": WRONG},
     "text, implicit prompt": {"chosen": f"{PROMPT} {RIGHT}", "rejected": f"{PROMPT} {WRONG}"},
+    "trl-lib/ultrafeedback_binarized": {
+        "chosen": USER + ASSISTANT,
+        "rejected": USER + MISTAKEN,
+        "score_chosen": 8.5,
+        "score_rejected": 7.0,
+    },
+    "HuggingFaceH4/ultrafeedback_binarized": {
+        "prompt": PROMPT,  # text, and once more in the conversations
+        "prompt_id": "2f3a",
+        "chosen": USER + ASSISTANT,
+        "rejected": USER + MISTAKEN,
+        "messages": USER + ASSISTANT,
+        "score_chosen": 8.5,
+        "score_rejected": 7.0,
+    },
 }
 
 # Rows of every type, with the words by which a script that cannot take them says who can.
@@ -78,6 +94,12 @@ def load(path: Path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def functions(name: str) -> dict[str, str]:
+    """Name -> source of a script's functions."""
+    text = (EXAMPLES / f"{name}.py").read_text()
+    return {node.name: ast.get_source_segment(text, node) for node in ast.parse(text).body if hasattr(node, "args")}
 
 
 SHORT = ("--max_steps", "2", "--logging_steps", "1")
@@ -182,6 +204,11 @@ class Example:
     flags: ClassVar[tuple[str, ...]] = ()  # of its own, for one step with a tiny model
     removed: ClassVar[str | None] = None  # the release of TRL that has the trainer no more
 
+    @staticmethod
+    def row(place: int, row: dict) -> dict:
+        """What the `place`-th row of a data set of equal rows is made into: labels of both kinds, where a method needs them."""
+        return row
+
     @pytest.fixture(scope="class")
     def path(self, small_world) -> Path:
         """The script beside the small world."""
@@ -222,7 +249,7 @@ class Example:
         def flags(rows: list[dict] | None = None, model: Path | str = tiny_models["Qwen3"], data: Path | None = None):
             if data is None:
                 rows = [next(iter(self.formats.values()))] * 8 if rows is None else rows
-                data = write_rows(tmp_path / "data", rows)
+                data = write_rows(tmp_path / "data", [self.row(place, row) for place, row in enumerate(rows)])
             return ["--model_name_or_path", model, "--dataset_name", data, *REAL, *self.flags]
 
         return flags

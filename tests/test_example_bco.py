@@ -3,9 +3,8 @@
 import sys
 
 import pytest
-from examples import EXAMPLES, SHORT, load, logged, losses, write_rows
+from examples import EXAMPLES, SHORT, functions, load, logged, losses, write_rows
 from test_example_kto import UNPAIRED, Unpaired
-from test_examples import functions
 
 
 class TestBCO(Unpaired):

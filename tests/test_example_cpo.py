@@ -4,8 +4,7 @@ import json
 import math
 
 import pytest
-from examples import ASSISTANT, MISTAKEN, PREFERENCE, PROMPT, RIGHT, SHORT, TOY, USER, Example, logged
-from test_examples import functions
+from examples import ASSISTANT, MISTAKEN, PREFERENCE, PROMPT, RIGHT, SHORT, TOY, Example, functions, logged
 
 # A pair that TRL 1.12 cuts down to no chosen answer at all with a max_length of 64: the other answer alone is longer.
 LOPSIDED = {"prompt": PROMPT + " ", "chosen": "#1", "rejected": " ".join([RIGHT] * 5)}
@@ -44,14 +43,7 @@ def by_hand(figure, size: int = 8):
 class Pairs(Example):
     """What cpo.py and orpo.py share: pairs, one model, and TRL's old way to tokenize."""
 
-    formats = PREFERENCE | {
-        "trl-lib/ultrafeedback_binarized": {
-            "chosen": USER + ASSISTANT,
-            "rejected": USER + MISTAKEN,
-            "score_chosen": 8.5,
-            "score_rejected": 7.0,
-        }
-    }
+    formats = PREFERENCE
     needs = ({"chosen", "rejected"},)
     flags = ("--max_length", "64")
 

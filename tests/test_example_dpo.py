@@ -24,3 +24,8 @@ class TestDPO(Example):
         flags = real()
         for length in ("20", "4"):  # the answers are cut; the prompt alone does not fit, and TRL drops every row
             assert f"max_length={length}" in refused(*flags, "--max_length", length)
+
+    def test_conversations_beside_a_text_need_a_chat_template_too(self, real, refused, own_model):
+        (own_model / "chat_template.jinja").unlink()
+        rows = [PREFERENCE["HuggingFaceH4/ultrafeedback_binarized"]] * 4
+        assert "no chat template" in refused(*real(rows, model=own_model))

@@ -1,7 +1,7 @@
 """kto.py: what all scripts are tested for, what it shares with bco.py, and what only this one has to show."""
 
 import pytest
-from examples import ASSISTANT, MISTAKEN, PREFERENCE, PROMPT, REAL, RIGHT, SHORT, USER, Example, logged, write_rows
+from examples import ASSISTANT, MISTAKEN, PREFERENCE, PROMPT, RIGHT, SHORT, USER, Example, logged, write_rows
 
 UNPAIRED = {
     "conversational": {"prompt": USER, "completion": ASSISTANT, "label": True},
@@ -16,18 +16,9 @@ class Unpaired(Example):
     needs = ({"prompt", "completion", "label"}, {"chosen", "rejected"})
     flags = ("--max_length", "64")
 
-    @pytest.fixture
-    def real(self, tiny_models, tmp_path):
-        """As in Example; of the rows with a label, every second one is bad."""
-
-        def flags(rows=None, model=tiny_models["Qwen3"], data=None):
-            if data is None:
-                rows = [next(iter(self.formats.values()))] * 8 if rows is None else rows
-                rows = [row | {"label": place % 2 == 0} if "label" in row else row for place, row in enumerate(rows)]
-                data = write_rows(tmp_path / "data", rows)
-            return ["--model_name_or_path", model, "--dataset_name", data, *REAL, *self.flags]
-
-        return flags
+    @staticmethod
+    def row(place, row):
+        return row | {"label": place % 2 == 0} if "label" in row else row
 
     def test_an_adapter_starts_as_the_reference_and_the_same_for_one_seed(self, call, tmp_path):
         flags = ["--use_peft", "--lora_r", "4", "--learning_rate", "1e-2", *SHORT, "--output_dir"]

@@ -2,8 +2,7 @@
 
 import pytest
 import test_example_grpo
-from examples import SHORT, logged
-from test_examples import functions
+from examples import SHORT, functions, logged
 
 
 class TestRLOO(test_example_grpo.TestGRPO):

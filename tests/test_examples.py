@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import scripts
-from examples import EXAMPLES, ROOT, SCRIPTS, load
+from examples import EXAMPLES, ROOT, SCRIPTS, functions, load
 from trl_source import Source
 
 SECTIONS = ("settings", "model and trainer", "held out", "the run")
@@ -27,18 +27,17 @@ def test_what_the_scripts_share_is_the_same_to_the_letter(name):
     assert own == model
 
 
-def functions(name: str) -> dict[str, str]:
-    """Name -> source of a script's functions."""
-    text = (EXAMPLES / f"{name}.py").read_text()
-    return {node.name: ast.get_source_segment(text, node) for node in ast.parse(text).body if hasattr(node, "args")}
-
-
 # Functions of the upper parts that scripts have in common, and the scripts where the method asks for another one.
 COMMON = {
     "stop": set(),
     "prompt_ids": {"grpo", "rloo"},  # a row may come from GSM8K, and the template takes arguments
     "sample": {"ppo"},  # the policy stands in a wrapper beside the value model
-    "held_out": {"reward", "prm", "grpo", "rloo"},  # scores instead of answers; each process its own seed for training
+    "held_out": {
+        "reward",
+        "prm",
+        "grpo",
+        "rloo",
+    },  # scores instead of answers; on the toy no evaluation besides the answers
 }
 
 

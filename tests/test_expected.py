@@ -34,12 +34,27 @@ def test_bands_are_bands(trainer):
 
 
 @pytest.mark.parametrize("trainer", MEASURED)
-def test_every_seed_gains_at_least_fifteen_points_in_under_a_minute(trainer):
-    result = json.loads((expected.EXPECTED / f"{trainer}.json").read_text())
-    right = result["held_out"]["right answers"]
-    gains = [after - before for before, after in zip(right["before"], right["after"], strict=True)]
-    assert min(gains) >= 0.15, gains
-    assert max(result["train_seconds"]) < 60
+def test_every_seed_reaches_what_the_method_is_for(trainer):
+    """Policies answer at least 15 points more held-out problems right; models that judge are right 95 times in 100."""
+    held_out = json.loads((expected.EXPECTED / f"{trainer}.json").read_text())["held_out"]
+    if trainer in ("reward", "prm"):
+        judged = {name: min(values["after"]) for name, values in held_out.items() if "accuracy" in name}
+        assert judged and all(value >= 0.95 for value in judged.values()), judged
+    else:
+        right = held_out["right answers"]
+        gains = [after - before for before, after in zip(right["before"], right["after"], strict=True)]
+        assert min(gains) >= 0.15, gains
+
+
+@pytest.mark.parametrize("trainer", MEASURED)
+def test_a_run_is_short(trainer):
+    limit = 90 if trainer in ("ppo", "nash_md", "xpo") else 60
+    assert max(json.loads((expected.EXPECTED / f"{trainer}.json").read_text())["train_seconds"]) < limit
+
+
+def test_all_scripts_together_train_for_less_than_a_quarter_of_an_hour():
+    seconds = [json.loads((expected.EXPECTED / f"{trainer}.json").read_text())["train_seconds"] for trainer in MEASURED]
+    assert sum(map(max, seconds)) < 15 * 60
 
 
 @pytest.mark.parametrize("trainer", MEASURED)
@@ -47,8 +62,8 @@ def test_the_picture_was_drawn_from_this_measurement(trainer):
     assert expected.digest(trainer) in (expected.EXPECTED / f"{trainer}.svg").read_text()
 
 
-def test_dpo_is_measured():
-    assert "dpo" in MEASURED
+def test_every_script_is_measured():
+    assert {path.stem for path in (expected.ROOT / "annotated_examples").glob("*.py")} == set(MEASURED)
 
 
 def test_a_key_that_only_some_runs_log_is_refused():

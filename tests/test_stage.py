@@ -292,6 +292,18 @@ def test_the_page_of_a_script_holds_all_of_it_and_the_file_lies_beside_it(reposi
     assert (root / "build/docs/annotated_examples/dpo.py").read_text() == SCRIPT
 
 
+def test_the_page_of_a_measured_script_shows_what_it_prints_and_logs(repository):
+    bare = staged(repository(), "annotated_examples/dpo.md")
+    assert "What it prints" not in bare and '<a href="#__span-1-' in bare
+    measured = {"expected/dpo.txt": "row\n{'loss': 1}\n{'loss': 0}\n\nHeld out:\n", "expected/dpo.svg": "<svg/>"}
+    root = repository(**{f"annotated_examples/{name}": text for name, text in measured.items()})
+    page = staged(root, "annotated_examples/dpo.md")
+    assert "## What it prints\n\n```text\nrow\n...\n\nHeld out:\n```" in page
+    [picture] = re.findall(r"six runs\]\((\S+dpo\.svg)\)", page)
+    assert (root / "build/docs/annotated_examples" / picture).read_text() == "<svg/>"
+    assert '<a href="#__span-2-' in page  # commands, what it prints, the script
+
+
 def test_a_walkthrough_that_a_script_names_and_that_is_missing_is_an_error(repository):
     script = SCRIPT.replace("annotated_trainers/dpo.md", "annotated_trainers/gone.md")
     with pytest.raises(stage.StageError, match=r"annotated_examples/dpo.py.*gone.md. leads to"):

@@ -129,7 +129,7 @@ def digest(trainer: str) -> str:
 
 
 def draw(trainer: str) -> None:
-    """The learning curves as SVG: mean over the seeds, and the band from the smallest to the largest."""
+    """The learning curves as SVG: mean over the runs, and the band from the smallest to the largest."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -249,10 +249,18 @@ class Site:
 
         body += f'\n[Download `{name}`]({name}){{ .md-button .script-download download="{name}" }}\n'
         commands = script_commands(docstring) or [f"python {source}"]
-        body += "\n## Run it\n\n" + fenced("\n".join(commands), "bash") + "\n## The whole script\n"
+        body += "\n## Run it\n\n" + fenced("\n".join(commands), "bash")
+        blocks, measured = 1, posixpath.join(posixpath.dirname(source), "expected", stem)
+        if (self.root / f"{measured}.txt").is_file():
+            blocks += 1
+            printed = fenced(abridged((self.root / f"{measured}.txt").read_text("utf-8")), "text")
+            body += f"\n## What it prints\n\n{printed}"
+            image = f"![Each logged value over the steps of training: mean and range of six runs](expected/{stem}.svg)"
+            body += self.markdown(f"\n## What it logs\n\n{image}\n", source)
+        body += "\n## The whole script\n"
         sections = script_sections(code)
-        if sections:  # the script is the second code block of its page, so its lines are called 1-...
-            links = ", ".join(f'<a href="#__span-1-{line}">{title}</a>' for title, line in sections)
+        if sections:  # lines are called after the number of their code block on the page, which begins with 0
+            links = ", ".join(f'<a href="#__span-{blocks}-{line}">{title}</a>' for title, line in sections)
             body += f"\nIts sections: {links}.\n"  # raw HTML: mkdocs does not know that lines have names
         body += f'\n<div class="script" markdown="1">\n\n{python_block(code, name)}\n</div>\n'
         self.add(self.pages[source], body, source=source, description=first_line(docstring))
@@ -412,6 +420,12 @@ def is_text(data: bytes) -> bool:
 
 def python_block(code: str, title: str) -> str:
     return fenced(code, f'{{ .python linenums="1" title="{title}" }}')
+
+
+def abridged(printed: str) -> str:
+    """What a script prints, with `...` in place of the lines of metrics."""
+    lines = ["..." if line.startswith("{") else line for line in printed.rstrip().split("\n")]
+    return "\n".join(line for place, line in enumerate(lines) if line != "..." or lines[place - 1] != "...")
 
 
 def script_docstring(code: str, source: str) -> str:

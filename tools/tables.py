@@ -56,7 +56,7 @@ def defaults(config: str, *names: str) -> None:
 
 
 def expected_metrics(trainer: str) -> None:
-    """For each logged metric: its band over the seeds at the first and the last logged step."""
+    """For each logged metric: its band over the runs at the first and the last logged step."""
     result = measurement(trainer)
     steps = next(iter(result["log"].values()))["step"]
     print(f"\n| key | step {steps[0]} | step {steps[-1]} |\n| --- | --- | --- |")
@@ -78,27 +78,29 @@ def expected_held_out(trainer: str) -> None:
     print()
 
 
-def measured_with(trainer: str) -> None:
-    """One line: the command, the versions and the machine of a measurement."""
-    result = measurement(trainer)
+def made_with(result: dict) -> str:
+    """The versions and the machine of a measurement."""
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     machine = ", ".join(
         f"{key}: {value}" if key in ("cores", "threads") else str(value)
         for key, value in result["machine"].items()
         if key != "python"
     )
-    print(f"\n`{result['command']}` with seeds {', '.join(map(str, result['seeds']))}; {versions}; {machine}.\n")
+    return f"{versions}; {machine}"
+
+
+def measured_with(trainer: str) -> None:
+    """One line: the command, the versions and the machine of a measurement."""
+    result = measurement(trainer)
+    print(f"\n`{result['command']}` with seeds {', '.join(map(str, result['seeds']))}; {made_with(result)}.\n")
 
 
 def printed(trainer: str) -> None:
     """What the bare command prints, from the committed capture, with `...` in place of the lines of metrics."""
+    from stage import abridged
+
     path = Path("annotated_examples") / "expected" / f"{trainer}.txt"
-    lines = (ROOT / path).read_text().rstrip().split("\n")
-    kept = ["..." if line.startswith("{") else line for line in lines]
-    kept = [line for index, line in enumerate(kept) if line != "..." or kept[index - 1] != "..."]
-    print(f"\n<!-- output: {path.as_posix()} -->\n```text")
-    print("\n".join(kept))
-    print("```\n")
+    print(f"\n<!-- output: {path.as_posix()} -->\n```text\n{abridged((ROOT / path).read_text())}\n```\n")
 
 
 def rebuild() -> None:
@@ -113,3 +115,50 @@ def rebuild() -> None:
     minutes = result["seconds"] / 60
     print(f"\n`{result['command']}` took {minutes:.0f} minutes ({result['machine']['cpu']}, cores: ", end="")
     print(f"{result['machine']['cores']}; {versions}).\n")
+
+
+def compare() -> None:
+    """What each trainer learned on the toy world, from the five seeds of each and expected/compare.json."""
+    import compare
+
+    print("\n| script | data | held out | before | after, mean | after, range | KL, nats | seconds |")
+    print("| --- | --- | --- |" + " ---: |" * 5)
+    for row in compare.rows():
+        before, after = (sum(row[when]) / len(row[when]) for when in ("before", "after"))
+        kl = f"{row['kl']:.2f}" if "kl" in row else "-"
+        cells = [f"[{row['name']}.py]({row['name']}.py)", f"`{row['data']}`", row["figure"], f"{before:.3f}"]
+        cells += [f"{after:.3f}", f"{min(row['after']):.3f} to {max(row['after']):.3f}", kl, f"{row['seconds']:.0f}"]
+        print("| " + " | ".join(cells) + " |")
+    print()
+
+
+def costs() -> None:
+    """What each trainer spent while it trained, from expected/compare.json."""
+    import compare
+
+    print("\n| script | forward passes | tokens forward | tokens generated | memory, MB |\n| --- |" + " ---: |" * 4)
+    for row in compare.rows():
+        counts = [f"{row[key]:,}" for key in ("forward_passes", "forward_tokens", "generated_tokens")]
+        print(
+            "| " + " | ".join([f"[{row['name']}.py]({row['name']}.py)", *counts, f"{row['memory'] / 1e6:.0f}"]) + " |"
+        )
+    print()
+
+
+def compared_with() -> None:
+    """One line: the command, the versions and the machine of the comparison."""
+    result = json.loads((ROOT / "annotated_examples" / "expected" / "compare.json").read_text())
+    print(f"\n`{result['command']}`, counted with seed {result['seed']}; {made_with(result)}.\n")
+
+
+def chain(name: str) -> None:
+    """A chain of scripts: the command of each stage, and what it gave with each seed."""
+    result = json.loads((ROOT / "annotated_examples" / "expected" / f"chain_{name}.json").read_text())
+    print("\n| command | held out | before | after | seconds |\n| --- | --- | --- | --- | --- |")
+    for stage in result["stages"]:
+        before, after = (", ".join(f"{value:.3f}" for value in stage[when]) for when in ("before", "after"))
+        seconds = ", ".join(f"{value:.0f}" for value in stage["seconds"])
+        print(f"| `{stage['command']}` | {stage['figure']} | {before} | {after} | {seconds} |")
+    print(
+        f"\n`{result['command']}`, seeds {', '.join(map(str, result['seeds']))}, in this order; {made_with(result)}.\n"
+    )
