@@ -1,0 +1,495 @@
+# TRL's implementation: trl/trainer/reward_trainer.py
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trl==1.12.0",
+#     "transformers>=5.10.1,<5.24",
+#     "datasets>=4.7,<5.3",
+#     "peft>=0.20,<0.22",
+#     "accelerate>=1.12,<1.16",
+#     "torch>=2.11,<2.14",
+#     "requests>=2.33,<3",
+# ]
+# ///
+"""Reward model: give every answer a score, so that the better answer of a pair scores higher than the worse one.
+
+The loss of one pair (Ouyang et al. 2022, arXiv 2203.02155, eq. 1): the chance, after Bradley and Terry (1952), that the chosen
+answer wins is sigmoid of the difference of the two scores, so only differences mean anything:
+
+    loss = -log sigmoid(score(chosen) - score(rejected))
+
+One row of data (prompt may be left out if chosen and rejected both begin with it; a number in a column `margin` says by how
+much the scores shall differ and is taken off the difference: Touvron et al. 2023, arXiv 2307.09288, eq. 2):
+
+    {"prompt":   [{"role": "user", "content": "7+9+3"}],
+     "chosen":   [{"role": "assistant", "content": "7+9=16 16+3=19 #19"}],
+     "rejected": [{"role": "assistant", "content": "7+9=16 16+3=20 #20"}]}
+
+Run it:
+
+    python reward.py                                               # the toy world, no network, no GPU needed
+    python reward.py --model_name_or_path Qwen/Qwen3-0.6B          # a real model on a GPU
+    python reward.py --model_name_or_path ... --dataset_name ...   # your model, your data
+    accelerate launch reward.py --model_name_or_path ... --use_peft --load_in_4bit --learning_rate 1e-4
+
+What to look at: accuracy, the share of pairs in the right order, rises from 0.5 while the loss falls from log 2 = 0.693. The
+folder that it writes is a reward model for ppo.py, online_dpo.py, nash_md.py, xpo.py, grpo.py and rloo.py.
+"""
+
+import json
+import re
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+
+import torch
+import yaml
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from packaging.version import Version
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import is_torch_bf16_gpu_available
+
+
+def stop(message: str) -> None:
+    """Ends the run with a message for the user. Nothing has been trained or overwritten yet."""
+    raise SystemExit(f"{Path(__file__).name}: {message}")
+
+
+if Version(version("trl")) < Version("1.12.0"):
+    stop(f"this script needs trl 1.12.0 or newer, and trl {version('trl')} is installed: pip install 'trl==1.12.0'")
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    RewardConfig,
+    RewardTrainer,
+    ScriptArguments,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+    is_conversational,
+)
+from trl.models.utils import unwrap_model_for_generation
+
+# ---------------------------------------------------------------------------------------------------------- settings
+# TRL's defaults hold unless a line below changes them; a flag or a line of the YAML file behind --config overrides both.
+
+
+@dataclass
+class Arguments(ScriptArguments):
+    new_layers: int = field(
+        default=0,
+        metadata={"help": "layers on top of those that the model has; they start from random numbers"},
+    )
+    new_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "learning rate of the weights that start from random numbers, if it is another one"},
+    )
+    system_message: str | None = field(
+        default=None,
+        metadata={"help": "put before every second pair; the model learns to score with it and without it"},
+    )
+
+
+SCRIPT = "reward"
+FLAGS = (Arguments, RewardConfig, ModelConfig, DatasetMixtureConfig)  # each of their fields is a flag
+COLUMNS = ({"chosen", "rejected"},)  # a row needs one of these sets; more columns do no harm
+WORLD = Path(__file__).resolve().parent / "toy"
+
+TOY = {
+    "model_name_or_path": str(WORLD / "policy"),  # 0.9M parameters: adds well, slips often (toy/README.md)
+    "dataset_name": str(WORLD / "data" / "preference"),  # pairs sampled from this very policy
+    "output_dir": "outputs/reward-toy",
+    # This policy adds, and checks nothing. Without the next three settings as many steps put 0.70 of the pairs in order
+    # (validation, one seed); with all but the first, 0.97.
+    "system_message": "mark",  # behind it the policy has read marked homework, so there it looks for wrong steps
+    "new_layers": 1,  # it sees them in the last of its four layers, which leaves none to collect them at the answer's end
+    "new_learning_rate": 2e-3,  # for `score` and that layer, which start from random numbers and have a long way to go
+    "learning_rate": 2e-4,  # for the others: with 1e-3 for all, they forget what they know before the new ones can read
+    # it (0.61 and 0.66 in two seeds)
+    "per_device_train_batch_size": 8,
+    "max_steps": 360,
+    "warmup_steps": 0.1,  # a share of all steps
+    "adam_beta2": 0.98,  # a shorter memory of the gradients' size, as in the policy's pretraining: the run has few steps
+    "logging_steps": 20,
+    "max_length": 96,  # tokens of prompt and answer; the longest pair has fewer
+    "gradient_checkpointing": False,  # would save memory that the toy does not need
+    "bf16": False,  # float32 on every device, so that the figures can be compared
+    "save_strategy": "no",  # the run is short; the model is saved at its end
+}
+
+REAL = {
+    "dataset_name": "trl-lib/ultrafeedback_binarized",
+    "learning_rate": 1e-5,  # for full fine-tuning; TRL's default of 1e-4 is one for --use_peft
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 8,  # 64 pairs for each step of the optimizer
+    "num_train_epochs": 1,  # reward models overfit in the second (Ouyang et al. 2022, appendix C.2)
+    "warmup_steps": 0.1,  # a share of all steps; the first gradients are the largest
+    "lr_scheduler_type": "cosine",
+    "max_length": 2048,  # TRL drops longer pairs, and its default is 1024
+    "center_rewards_coefficient": 0.01,  # adds 0.01 * (score(chosen) + score(rejected))^2 to the loss, so that the scores
+    # stay around 0, which the loss itself does not ask for (Eisenstein et al. 2023, arXiv 2312.09244, eq. 2)
+    "eval_strategy": "steps",
+    "eval_steps": 200,
+    "bf16": is_torch_bf16_gpu_available(),  # TRL turns bf16 on by itself, which stops on a machine without such a GPU
+}
+
+
+# ---------------------------------------------------------------------------------------------------- model and trainer
+
+
+def check_rows(dataset, split: str) -> None:
+    """Stops at rows that TRL cannot put together: it adds prompt and answer, and takes a number in margin off the scores."""
+    first = next(iter(dataset))
+    for column in sorted({"prompt", "chosen", "rejected"} & set(first)):
+        if not isinstance(first[column], str | list):
+            stop(f"{column} must be a text or a list of messages, and in the split {split!r} it is {first[column]!r}")
+    if "margin" in first:
+        margins = dataset["margin"] if isinstance(dataset, Dataset) else [first["margin"]]
+        wrong = [margin for margin in margins if not isinstance(margin, int | float)]
+        if wrong:
+            stop(
+                f"margin must be a number, and in the split {split!r} there is {wrong[0]!r}: map the column to numbers, "
+                "or remove it"
+            )
+
+
+def deeper(model_args, new_layers: int) -> dict:
+    """What the model has to be told so that it gets new layers on top of its own."""
+    if not new_layers:
+        return {}
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    layers, kinds = config.num_hidden_layers, getattr(config, "layer_types", None)
+    if model_args.use_peft:  # an adapter leaves the weights as they are, which random ones must not be
+        names = [f"layers.{layer}" for layer in range(layers, layers + new_layers)]
+        model_args.lora_modules_to_save = [*(model_args.lora_modules_to_save or []), *names]
+    size = {"num_hidden_layers": layers + new_layers}
+    return size | ({"layer_types": [*kinds, *kinds[-1:] * new_layers]} if kinds else {})
+
+
+def two_speeds(trainer, new_layers: int, rate: float) -> None:
+    """Gives the weights that start from random numbers, `score` and the new layers, a learning rate of their own."""
+    layers = trainer.model.config.num_hidden_layers
+    new = ("score.", *(f"layers.{layer}." for layer in range(layers - new_layers, layers)))
+    fast, slow = [], []
+    for name, weight in trainer.model.named_parameters():
+        if weight.requires_grad:
+            (fast if any(part in name for part in new) else slow).append(weight)
+    optimizer, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    groups = [{"params": slow}, {"params": fast, "lr": rate}]
+    trainer.optimizer = optimizer(groups, weight_decay=trainer.args.weight_decay, **settings)
+
+
+def with_system_message(row: dict, index: int, message: str) -> dict:
+    """Every second pair asks for it, so the model knows what is meant and yet learns to do without."""
+    if index % 2:
+        return row
+    first = [{"role": "system", "content": message}] if is_conversational(row) else message
+    columns = ("prompt",) if "prompt" in row else ("chosen", "rejected")
+    return {column: first + row[column] for column in columns}
+
+
+def build(script_args, training_args, model_args, train_dataset, eval_dataset, tokenizer):
+    """A language model whose last layer gives one number instead of a word, and the trainer that holds it.
+
+    The weights of that number, `score`, start from random ones. The number is read at the last token of the text.
+    """
+    check_rows(train_dataset, script_args.dataset_train_split)
+    if eval_dataset is not None:
+        check_rows(eval_dataset, script_args.dataset_test_split)
+    if script_args.system_message:
+        train_dataset = train_dataset.map(
+            with_system_message, with_indices=True, fn_kwargs={"message": script_args.system_message}
+        )
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **deeper(model_args, script_args.new_layers),
+    } | (training_args.model_init_kwargs or {})
+    model_args.lora_task_type = "SEQ_CLS"  # trains and saves `score` too; TRL's default is for models that write
+    trainer = RewardTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    for before, after in ((train_dataset, trainer.train_dataset), (eval_dataset, trainer.eval_dataset)):
+        say_what_is_left(trainer, before, after)
+    if script_args.new_learning_rate:
+        two_speeds(trainer, script_args.new_layers, script_args.new_learning_rate)
+    return trainer
+
+
+def say_what_is_left(trainer, before, after) -> None:
+    """TRL drops pairs that are longer than max_length without a word, all of them if it comes to that."""
+    if after is None:
+        return
+    limit = f"max_length={trainer.args.max_length} tokens"
+    if next(iter(after), None) is None:
+        stop(f"every pair has an answer that is, with its prompt, longer than {limit}: give a larger --max_length")
+    if isinstance(before, Dataset) and len(after) < len(before):
+        trainer.accelerator.print(
+            f"{len(before) - len(after)} of {len(before)} pairs are longer than {limit} and are left out.\n"
+        )
+
+
+def show_row(trainer) -> None:
+    """Prints one pair as the model sees it, and how many of the first thousand are two answers that are the same."""
+    say, tokenizer = trainer.accelerator.print, trainer.processing_class
+    rows = list(islice(trainer.train_dataset, 1000))
+    same = sum(row["chosen_ids"] == row["rejected_ids"] for row in rows)
+    if same == len(rows):
+        stop(f"chosen and rejected are the same in each of the first {len(rows)} pairs: there is nothing to learn")
+    if same:
+        say(f"chosen and rejected are the same in {same} of the first {len(rows)} pairs, which teach nothing.\n")
+    for part in ("chosen_ids", "rejected_ids"):
+        say(f"{part:13}{tokenizer.decode(rows[0][part])}")
+    say(f"{'score at':13}{tokenizer.decode(rows[0]['chosen_ids'][-1:])!r}, the last token of each")
+
+
+# ----------------------------------------------------------------------------------------------------------- held out
+
+FIGURES = ("accuracy", "loss", "margin")  # what the evaluation logs that is worth a line here
+
+
+@torch.no_grad()
+def scores(trainer, pairs: list[dict]) -> list[tuple[float, float]]:
+    """The score of the chosen and that of the rejected answer of each pair."""
+    batch = trainer.data_collator(pairs)  # the chosen ones first, then the rejected ones
+    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+        inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        chosen, rejected = model.eval()(**inputs).logits.view(2, -1).tolist()
+    return list(zip(chosen, rejected, strict=True))
+
+
+def held_out(trainer, rows: list[dict], toy: bool) -> tuple[dict[str, float], list[tuple[str, str]]]:
+    """How well the scores order pairs that the model never trains on: figures, and a few samples as (pair, scores)."""
+    metrics = trainer.evaluate() if FIGURES and trainer.eval_dataset is not None else {}
+    figures = {name: metrics[f"eval_{name}"] for name in FIGURES if f"eval_{name}" in metrics}
+    pairs = list(islice(trainer.eval_dataset or (), 3))
+    if not pairs:
+        return figures, []
+    decode = trainer.processing_class.decode
+    ends = [(decode(pair["chosen_ids"][-60:]), decode(pair["rejected_ids"][-60:])) for pair in pairs]
+    texts = [f"chosen:   {chosen}\n  rejected: {rejected}" for chosen, rejected in ends]
+    answers = [f"{chosen:.2f} and {rejected:.2f}" for chosen, rejected in scores(trainer, pairs)]
+    return figures, list(zip(texts, answers, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------ the run
+# From here on the fifteen scripts are the same to the letter.
+
+
+def parse(command_line: list[str]):
+    """Toy settings for the toy policy and for what was trained from it, real ones else; the YAML file; the flags."""
+    given = {}
+    if "--config" in command_line[:-1]:
+        given = yaml.safe_load(Path(command_line[command_line.index("--config") + 1]).read_text()) or {}
+    for word, following in zip(command_line, [*command_line, ""][1:], strict=True):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            given[name] = value if equals else following
+    model = given.get("model_name_or_path")
+    toy = model is None or is_toy_run(Path(model))
+    if model is None and {"dataset_name", "datasets"} & set(given):
+        stop("the toy policy knows nothing but sums: with --dataset_name, give your model with --model_name_or_path")
+    if toy and not WORLD.is_dir():
+        stop(f"there is no toy world in {WORLD}: run this script inside its repository, or give --model_name_or_path")
+    parser = TrlParser(FLAGS)
+    parser.set_defaults(**(TOY if toy else REAL))
+    return toy, *parser.parse_args_and_config(command_line)
+
+
+TAKERS = {  # columns -> the scripts for such rows
+    ("prompt", "completions", "labels"): "prm.py",
+    ("prompt", "completion", "label"): "kto.py and bco.py",
+    ("chosen", "rejected"): "dpo.py, cpo.py, orpo.py and reward.py",
+    ("prompt", "completion"): "sft.py and gkd.py",
+    ("messages",): "sft.py and gkd.py",
+    ("text",): "sft.py",
+    ("prompt",): "grpo.py, rloo.py, ppo.py, online_dpo.py, nash_md.py and xpo.py",
+}
+
+
+def is_toy_run(folder: Path) -> bool:
+    """Whether a run of one of these scripts on the toy world has written this folder."""
+    return (folder / "run.json").is_file() and json.loads((folder / "run.json").read_text())["toy"]
+
+
+def load_data(script_args, mixture_args):
+    """All splits, from the hub, from a folder with train.jsonl (.csv, .parquet) and test.jsonl, or as a mixture."""
+    if mixture_args.datasets:
+        return get_dataset(mixture_args)
+    name = script_args.dataset_name
+    try:
+        return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
+    except (StopIteration, OSError, ValueError, DatasetGenerationError) as error:
+        reason = str(error.__cause__ or error).splitlines() or [""]
+        if isinstance(error, StopIteration) or "no data" in reason[0] or "first 0 values" in reason[0]:
+            stop(f"a split of the data set {name!r} is empty")
+        stop(f"cannot load {name!r}, neither as a folder of data files nor from the hub: {reason[0]}")
+
+
+def load_split(dataset, split: str):
+    """One split, after a look at its first row."""
+    if split not in dataset:
+        stop(
+            f"there is no split {split!r}, only {sorted(dataset)}: choose with --dataset_train_split and "
+            "--dataset_test_split, or do without the held-out comparison with --eval_strategy no"
+        )
+    first = next(iter(dataset[split]), None)
+    if first is None:
+        stop(f"the split {split!r} is empty")
+    columns = next((columns for columns in COLUMNS if columns <= set(first)), None)
+    if columns is None:
+        taker = next((scripts for columns, scripts in TAKERS.items() if set(columns) <= set(first)), None)
+        stop(
+            f"a row needs the columns {' or '.join(' + '.join(sorted(columns)) for columns in COLUMNS)}, and the split "
+            f"{split!r} has {sorted(first)}: {f'such rows are for {taker}' if taker else 'rename or map your columns'}"
+        )
+    if "chosen" in columns and isinstance(first["chosen"], list):
+        # HuggingFaceH4/ultrafeedback_binarized has the prompt also as a text, and the chosen conversation also as messages
+        twice = {"messages"} | ({"prompt"} if isinstance(first.get("prompt"), str) else set())
+        return dataset[split].remove_columns(sorted(twice & set(first)))
+    return dataset[split]
+
+
+def load_tokenizer(script_args, training_args, model_args, first_row):
+    """The model's tokenizer, if it can render these rows and tell padding from the end of an answer."""
+    name = model_args.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            revision=model_args.model_revision,
+            trust_remote_code=getattr(training_args, "trust_remote_code", False),
+        )
+    except (OSError, ValueError) as error:
+        stop(f"cannot load {name!r}, which is neither a model folder here nor on the hub: {str(error).splitlines()[0]}")
+    vocabulary, pad_token = tokenizer.get_vocab(), (vars(script_args) | vars(training_args)).get("pad_token")
+    if pad_token is not None and pad_token not in vocabulary:
+        stop(f"--pad_token {pad_token!r} is not a token of {name!r}")
+    tokenizer.eos_token = getattr(training_args, "eos_token", None) or tokenizer.eos_token
+    tokenizer.pad_token = pad_token or tokenizer.pad_token
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        spare = [token for token in vocabulary if re.match(r"[<\[].*(pad|reserved|unused|unk)", token)][:3]
+        stop(
+            f"the tokenizer of {name!r} pads with {tokenizer.pad_token!r} and ends answers with {tokenizer.eos_token!r}: "
+            "whoever masks the padding masks the end too, and such a model never learns to stop. Give a token that no "
+            "text holds with --pad_token" + (f", for example one of {spare}" if spare else "")
+        )
+    columns = {name: value for name, value in first_row.items() if not isinstance(value, str)}  # a text beside messages
+    if is_conversational(columns) and tokenizer.chat_template is None:
+        stop(f"the rows are conversations, and the tokenizer of {name!r} has no chat template: take an instruct model")
+    return tokenizer
+
+
+def check_folder(toy: bool, training_args, model_args) -> Path | None:
+    """Makes sure that output_dir can be written and holds nobody else's run; the checkpoint to go on from, if asked for."""
+    if training_args.output_dir == "trainer_output":  # transformers' default
+        training_args.output_dir = f"outputs/{SCRIPT}-{Path(model_args.model_name_or_path).name}"
+    output_dir, resume = Path(training_args.output_dir), training_args.resume_from_checkpoint
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        stop(f"cannot write to {output_dir}: {error.strerror}")
+    if resume:
+        newest = resume.lower() in ("true", "1", "yes")
+        found = output_dir.glob("checkpoint-*") if newest else [Path(resume)]
+        whole = [folder for folder in found if (folder / "trainer_state.json").is_file()]  # the file written last
+        if not whole:
+            stop(f"there is no whole checkpoint in {output_dir if newest else resume} to go on from")
+        return max(whole, key=lambda folder: int(folder.name.split("-")[-1])) if newest else whole[0]
+    if Path(model_args.model_name_or_path).resolve() == output_dir.resolve():
+        stop(f"{output_dir} holds the model to begin with, and this run would replace it: give a new --output_dir")
+    files, marker = {path.name for path in output_dir.iterdir()}, output_dir / "run.json"
+    mine = marker.is_file() and json.loads(marker.read_text()) == {"script": SCRIPT, "toy": toy}
+    if files and not (mine and (toy or files == {"run.json"})):  # a toy run may replace its predecessor
+        stop(
+            f"{output_dir} holds another run. Give a new --output_dir, or go on with that run: "
+            "--resume_from_checkpoint true"
+        )
+    return None
+
+
+def start(output_dir: Path, toy: bool, resume: Path | None) -> None:
+    """Clears away an earlier toy run, and says whose folder this is from now on."""
+    if toy and not resume:
+        shutil.rmtree(output_dir)
+        output_dir.mkdir()
+    (output_dir / "run.json").write_text(json.dumps({"script": SCRIPT, "toy": toy}))
+
+
+def save(trainer, output_dir: Path) -> None:
+    """Writes the model beside its place and moves it there when it is whole: a full disk leaves no half of a model."""
+    unfinished, main_process = output_dir / "unfinished", trainer.accelerator.is_main_process
+    try:
+        trainer.save_model(str(unfinished))  # in every process: each may hold a part of the weights
+        for path in unfinished.iterdir() if main_process else ():
+            path.replace(output_dir / path.name)
+    finally:
+        if main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def main() -> None:
+    toy, script_args, training_args, model_args, mixture_args = parse(sys.argv[1:])
+    resume = check_folder(toy, training_args, model_args)
+    output_dir = Path(training_args.output_dir)
+
+    # Data
+    dataset = load_data(script_args, mixture_args)
+    train_dataset = load_split(dataset, script_args.dataset_train_split)
+    eval_dataset = None
+    if toy or training_args.eval_strategy != "no":
+        eval_dataset = load_split(dataset, script_args.dataset_test_split)
+    rows = list(islice(eval_dataset or (), 2))
+    tokenizer = load_tokenizer(script_args, training_args, model_args, next(iter(train_dataset)))
+
+    # Model and trainer
+    trainer = build(script_args, training_args, model_args, train_dataset, eval_dataset, tokenizer)
+    say = trainer.accelerator.print
+    show_row(trainer)
+
+    # Train, with a look at the held-out data before and after
+    before, samples_before = held_out(trainer, rows, toy)
+    if trainer.accelerator.is_main_process:
+        start(output_dir, toy, resume)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.accelerator.num_processes > 1:
+        # evaluate() marks the model as prepared; train() would not wrap it, and each process train a model of its own
+        trainer.model._is_accelerate_prepared = False
+    started = time.perf_counter()
+    trainer.train(**({"resume_from_checkpoint": str(resume)} if resume else {}))
+    seconds = time.perf_counter() - started
+    after, samples_after = held_out(trainer, rows, toy)
+
+    say(f"\n{seconds:.0f} s of training. Held out:")
+    for name, value in after.items():
+        say(f"  {name:20}{before[name]:.3f} -> {value:.3f}")
+    for (prompt, old), (_, new) in zip(samples_before, samples_after, strict=True):
+        say(f"\n  {prompt}\n    before: {old}\n    after:  {new}")
+
+    # Save
+    save(trainer, output_dir)
+    trainer.save_state()
+    if trainer.accelerator.is_main_process:
+        result = {"seconds": seconds, "before": before, "after": after}
+        (output_dir / "held_out.json").write_text(json.dumps(result, indent=2))
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    say(f"\nThe model is in {output_dir}.")
+
+
+if __name__ == "__main__":
+    main()
