@@ -2,11 +2,12 @@
 ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
 PYTHON ?= $(if $(ACTIVE),python,.venv/bin/python)
 TRAINER ?= dpo
+CHAIN ?= ppo
 GENERATED = $(shell git grep -l --untracked -F '[[[cog' -- '*.md')
 COG = $(PYTHON) -m cogapp -P -I tools --verbosity=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check site serve sync coverage drift bump toy expected environments environment
+.PHONY: help install test check site serve sync coverage drift bump toy expected compare chain gpu environments environment
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -58,6 +59,15 @@ toy: environment ## make the toy world again, from its seed
 
 expected: environment ## run a script and write its measurements: make expected TRAINER=dpo
 	$(PYTHON) tools/expected.py $(TRAINER)
+
+compare: environment ## put all trainers side by side on the toy world: annotated_examples/expected/compare.json
+	$(PYTHON) tools/compare.py
+
+chain: environment ## run scripts on one another's folders: make chain CHAIN=ppo, dpo or online
+	$(PYTHON) tools/chain.py $(CHAIN)
+
+gpu: environment ## measure the scripts on this machine's NVIDIA GPU; again, until nothing is left: make gpu MINUTES=60
+	$(PYTHON) tools/gpu.py run $(if $(MINUTES),--minutes $(MINUTES))
 
 environments: environment ## run the tests with the lowest and the highest versions of every range
 	$(PYTHON) tools/environments.py $(ONLY)

@@ -350,7 +350,7 @@ def test_an_unknown_environment_is_refused(capsys):
 
 TARGETS = {
     *("help", "install", "test", "check", "site", "serve", "sync"),
-    *("coverage", "drift", "bump", "toy", "expected", "compare", "chain", "environments"),
+    *("coverage", "drift", "bump", "toy", "expected", "compare", "chain", "gpu", "environments"),
 }
 
 
