@@ -1,4 +1,4 @@
-# TRL's implementation: trl/trainer/grpo_trainer.py
+# The walkthrough of TRL's implementation: annotated_trainers/grpo.md
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
