@@ -165,14 +165,14 @@ def check_flags(training_args, model_args) -> None:
             f"max_length={training_args.max_length} counts prompt and answer, and max_new_tokens="
             f"{training_args.max_new_tokens} leaves nothing of it for the prompt: give a larger --max_length"
         )
-    for name, kind in (
-        (model_args.model_name_or_path, "CausalLM"),
-        (training_args.reward_model_path, "SequenceClassification"),
+    for name, kind, more in (
+        (model_args.model_name_or_path, "CausalLM", ""),
+        (training_args.reward_model_path, "SequenceClassification", ", num_labels=1"),
     ):
         if name and find_adapter_config_file(name):  # transformers would load it with its base, and freeze both
             stop(
                 f"{name!r} holds an adapter, which would be frozen like its base. Merge it into its base: peft.AutoPeftModelFor{kind}"
-                f".from_pretrained({name!r}).merge_and_unload().save_pretrained(FOLDER), copy the tokenizer's files "
+                f".from_pretrained({name!r}{more}).merge_and_unload().save_pretrained(FOLDER), copy the tokenizer's files "
                 "there too, and give that folder"
             )
 

@@ -177,14 +177,14 @@ def check_flags(script_args, training_args, model_args) -> None:
         stop("PPOTrainer ignores --bf16 and --fp16: it computes in the type of the weights, for which there is --dtype")
     if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
         stop("quantized weights cannot learn: give --use_peft too")
-    for name, kind in (
-        (model_args.model_name_or_path, "CausalLM"),
-        (training_args.reward_model_path, "SequenceClassification"),
+    for name, kind, more in (
+        (model_args.model_name_or_path, "CausalLM", ""),
+        (training_args.reward_model_path, "SequenceClassification", ", num_labels=1"),
     ):
         if find_adapter_config_file(name):  # transformers would load it with its base, and freeze both
             stop(
                 f"{name!r} holds an adapter, which would be frozen like its base. Merge it into its base: peft.AutoPeftModelFor{kind}"
-                f".from_pretrained({name!r}).merge_and_unload().save_pretrained(FOLDER), copy the tokenizer's files "
+                f".from_pretrained({name!r}{more}).merge_and_unload().save_pretrained(FOLDER), copy the tokenizer's files "
                 "there too, and give that folder"
             )
     if script_args.dataset_streaming:

@@ -263,7 +263,7 @@ def summary():
         print(f"\n{len(CHECKED)} formulas, {len(ERRORS)} comparisons with TRL, largest error {max(ERRORS):.1e}")
 
 
-def random_batch(seed=0, drift=0.2, rows=6, width=9) -> tuple[dict, torch.Tensor]:
+def random_batch(seed=0, drift=0.3, rows=6, width=9) -> tuple[dict, torch.Tensor]:
     """A micro-batch as `_prepare_inputs` returns it, and the logits that the model will give for it."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = len(tokenizer())
@@ -274,7 +274,7 @@ def random_batch(seed=0, drift=0.2, rows=6, width=9) -> tuple[dict, torch.Tensor
     lengths = torch.tensor([width, *torch.randint(2, width + 1, (rows - 1,), generator=generator).tolist()])
     mask = (torch.arange(width) < lengths[:, None]).long()
     ids = torch.randint(4, vocabulary, (rows, width), generator=generator)
-    logits = normal(rows, width + 1, vocabulary).requires_grad_()
+    logits = (2 * normal(rows, width + 1, vocabulary)).requires_grad_()
     logps = torch.log_softmax(logits[:, :-1], -1).gather(-1, ids[..., None])[..., 0].detach()
     batch = {
         "prompt_ids": torch.randint(4, vocabulary, (rows, 3), generator=generator),
@@ -391,7 +391,7 @@ def test_terms_and_means_equal_trl_in_training(fresh, formula):
     """In training the loss is also shared out over accumulation steps, and over steps of a round."""
     fresh.current_gradient_accumulation_steps, fresh.args.steps_per_generation = 3, 6
     for fresh.loss_type, fresh.importance_sampling_level in itertools.product(LOSS_TYPES, ("token", "sequence")):
-        batch, logits = random_batch(4)
+        batch, logits = random_batch(4, drift=0.1)  # a sum over tokens in the exponent of vespo magnifies rounding
         compare(formula, fresh, batch, logits, fresh.loss_type, training=True, steps=(6, 3, 1))
 
 
@@ -508,7 +508,7 @@ def test_the_first_loss_of_each_type_is_what_the_table_says(fresh):
         batch["advantages"] = batch["advantages"] - batch["advantages"].mean()
         batch["num_items_in_batch"], fresh.loss_type = batch["completion_mask"].sum(), loss_type
         loss = abs(float(trl_loss(fresh, batch, logits).detach()))
-        assert (loss < 1e-6) == (table[loss_type] == "0" or (equal and table[loss_type].startswith("about 0"))), (
+        assert (loss < 1e-5) == (table[loss_type] == "0" or (equal and table[loss_type].startswith("about 0"))), (
             loss_type
         )
 

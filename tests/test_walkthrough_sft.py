@@ -197,6 +197,10 @@ def page():
 # ------------------------------------------------------------------------------------------------------- the formula
 
 
+def by_hand(page, logits, labels):
+    return page["mean_over_learned_tokens"](logits, labels)
+
+
 def random_logits(rows=3, length=40, vocabulary=19):
     logits = torch.randn(rows, length, vocabulary)
     labels = torch.randint(0, vocabulary, (rows, length))
@@ -212,7 +216,7 @@ def test_the_key_equation_is_what_the_default_loss_computes(page, chunk):
         hidden, head, chunk, labels=labels, lm_head_bias=bias
     )
     logits = hidden @ head.T + bias
-    assert float(page["mean_over_tokens"](logits, labels)) == pytest.approx(float(theirs), rel=1e-5)
+    assert float(by_hand(page, logits, labels)) == pytest.approx(float(theirs), rel=1e-5)
     learned = labels[:, 1:] != -100
     probabilities = logits[:, :-1].softmax(-1)[learned]
     assert int(count) == len(probabilities)
@@ -226,7 +230,7 @@ def test_the_key_equation_is_what_the_trainer_computes(page, build, loss_type):
     batch = batch_of(trainer)
     with torch.no_grad():
         logits = trainer.model.eval()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    assert float(page["mean_over_tokens"](logits, batch["labels"])) == pytest.approx(loss_of(trainer, batch), rel=1e-5)
+    assert float(by_hand(page, logits, batch["labels"])) == pytest.approx(loss_of(trainer, batch), rel=1e-5)
 
 
 def test_dft_on_the_page_is_what_trl_computes(page):
@@ -235,7 +239,7 @@ def test_dft_on_the_page_is_what_trl_computes(page):
     learned = labels[:, 1:] != -100
     logps = logits[:, :-1].log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0][learned]
     assert float(page["dft_loss"](logps)) == pytest.approx(float(theirs), rel=1e-5)
-    assert float(page["sft_loss"](logps)) == pytest.approx(float(page["mean_over_tokens"](logits, labels)), rel=1e-5)
+    assert float(page["sft_loss"](logps)) == pytest.approx(float(by_hand(page, logits, labels)), rel=1e-5)
 
 
 def test_the_gradient_of_dft_is_that_of_the_mean_probability():

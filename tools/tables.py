@@ -4,6 +4,7 @@ Each function prints Markdown. It reads its numbers from the one place where the
 installed TRL, or a committed measurement in annotated_examples/expected.
 """
 
+import ast
 import json
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -115,6 +116,16 @@ def rebuild() -> None:
     minutes = result["seconds"] / 60
     print(f"\n`{result['command']}` took {minutes:.0f} minutes ({result['machine']['cpu']}, cores: ", end="")
     print(f"{result['machine']['cores']}; {versions}).\n")
+
+
+def scripts() -> None:
+    """Each script with the first sentence of its docstring."""
+    print("\n| script | what it does |\n| --- | --- |")
+    for name in TRAINERS:
+        docstring = ast.get_docstring(ast.parse((ROOT / "annotated_examples" / f"{name}.py").read_text()))
+        sentence = " ".join(docstring.split("\n\n")[0].split())
+        print(f"| [{name}.py]({name}.py) | {sentence} |")
+    print()
 
 
 def compare() -> None:
