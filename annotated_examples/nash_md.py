@@ -115,7 +115,7 @@ TOY = {
     "learning_rate": 3e-4,
     "per_device_train_batch_size": 32,  # prompts; a policy's answer and a rival's to each
     "max_steps": 24,
-    "logging_steps": 3,
+    "logging_steps": 2,
     "temperature": 1.0,  # learns what the held-out answers are sampled with; below it the slips are rare
     "max_new_tokens": 36,  # the longest right answer has 35; without a cache, each token costs all earlier ones again
     "max_length": 64,  # tokens of prompt and answer

@@ -2,12 +2,13 @@
 
 import json
 
+import chain
 import compare
 import expected
 import pytest
 import tables
 import torch
-from examples import SCRIPTS, SHORT, TOY
+from examples import ROOT, SCRIPTS, SHORT, TOY
 
 COMMITTED = json.loads((expected.EXPECTED / "compare.json").read_text())
 
@@ -122,3 +123,20 @@ def test_part_of_a_comparison_is_not_put_beside_what_another_machine_gave(monkey
     (tmp_path / "compare.json").write_text(json.dumps(COMMITTED | {"machine": {"cpu": "another"}}))
     with pytest.raises(SystemExit, match="measure all"):
         compare.measure(["sft"])
+
+
+def test_what_the_page_says_about_the_figures_is_so():
+    """Two times in three before; demonstrations ahead of everything else; 512 problems; 48 and 960 demonstrations."""
+    page = (ROOT / "annotated_examples" / "README.md").read_text()
+    rows = {row["name"]: row for row in compare.rows() if row["name"] in compare.POLICIES}
+    means = {name: sum(row["after"]) / len(row["after"]) for name, row in rows.items()}
+    assert "right about two times in three" in page
+    assert all(sum(row["before"]) / len(row["before"]) == pytest.approx(2 / 3, abs=0.02) for row in rows.values())
+    assert "learning from demonstrations wins here" in page
+    assert max(means, key=means.get) == "sft"
+    problems = (TOY / "data" / "prompt_only" / "test.jsonl").read_text().splitlines()
+    assert f"The same {len(problems)} held-out problems" in page
+    sft = compare.load("sft").TOY
+    [(_, few), *_] = chain.CHAINS["ppo"]
+    assert f"after {int(few[few.index('--max_steps') + 1]) * sft['per_device_train_batch_size']} demonstrations" in page
+    assert f"With the {sft['max_steps'] * sft['per_device_train_batch_size']} of" in page
