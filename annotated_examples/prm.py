@@ -244,10 +244,9 @@ def build(script_args, training_args, model_args, train_dataset, eval_dataset, t
     )
     model_args.lora_task_type = "TOKEN_CLS"  # trains and saves `score` too; TRL's default is for models that write
     peft_config = get_peft_config(model_args)
-    if (
-        peft_config is not None
-    ):  # `score` is trained whole; --lora_target_modules all-linear would wrap it a second time
-        pass
+    if peft_config is not None:
+        # `score` is trained whole; --lora_target_modules all-linear would wrap it a second time
+        peft_config.exclude_modules = ["score"]
     trainer = PRMTrainer(
         model=model,
         args=training_args,
