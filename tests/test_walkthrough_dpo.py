@@ -722,19 +722,3 @@ def test_kto_on_the_page_is_what_trl_computes(page, build, checkpoint, tmp_path)
     kl = trainer._metrics["eval"]["kl"][0]
     chosen, rejected = sigmoid[0] / 0.1 + kl, kl - sigmoid[1] / 0.1
     assert float(page["kto_loss"](chosen, rejected, kl=kl, beta=0.1)) == pytest.approx(theirs, abs=1e-5)
-
-
-# ------------------------------------------------------------------------------------------------------- the page itself
-
-
-def test_every_test_that_the_page_names_exists():
-    named = set(re.findall(r"\btest_\w+", PAGE.read_text("utf-8"))) - {Path(__file__).stem}
-    assert named
-    assert named <= set(globals())
-
-
-def test_the_defaults_that_the_page_quotes_are_those_of_the_config(tmp_path):
-    quoted = re.findall(r"`(\w+)` \(default ([^)]+)\)", PAGE.read_text("utf-8"))
-    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True)
-    assert len(quoted) >= 9
-    assert {name: float(value) for name, value in quoted} == {name: getattr(args, name) for name, _ in quoted}

@@ -914,12 +914,6 @@ def test_the_toy_run_has_the_settings_that_the_page_names():
     assert '"desirable_weight"' not in script
 
 
-def test_every_test_that_the_page_names_exists():
-    named = set(re.findall(r"\btest_\w+", PAGE.read_text("utf-8"))) - {Path(__file__).stem}
-    assert named
-    assert named <= set(globals())
-
-
 def test_the_arguments_that_the_page_calls_gone_are_gone():
     text = section("Older code and tutorials")
     here = {*KTOConfig.__dataclass_fields__, *inspect.signature(KTOTrainer.__init__).parameters}
@@ -941,10 +935,3 @@ def test_numbers_in_the_notes_are_those_of_the_code(tmp_path):
     assert inspect.signature(kto_trainer.entropy_from_logits).parameters["chunk_size"].default == 128
     half = torch.nn.Linear(2, 2).to(torch.bfloat16)
     assert kto_trainer.hash_module(half) != kto_trainer.hash_module(half.float())
-
-
-def test_the_defaults_that_the_page_quotes_are_those_of_the_config(tmp_path):
-    quoted = re.findall(r"`(\w+)` \(default ([^)]+)\)", PAGE.read_text("utf-8"))
-    args = KTOConfig(output_dir=str(tmp_path), use_cpu=True)
-    assert len(quoted) >= 6
-    assert {name: value.strip('"`') for name, value in quoted} == {name: str(getattr(args, name)) for name, _ in quoted}

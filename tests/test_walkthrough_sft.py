@@ -936,16 +936,3 @@ def test_arguments_of_old_tutorials_are_gone():
     assert {"max_length", "dataset_text_field", "packing"} <= fields
     assert "max_seq_length" not in fields
     assert not hasattr(trl, "DataCollatorForCompletionOnlyLM")
-
-
-def test_every_test_that_the_page_names_exists():
-    named = set(re.findall(r"\btest_\w+", PAGE.read_text("utf-8"))) - {Path(__file__).stem}
-    assert named
-    assert named <= set(globals())
-
-
-def test_the_defaults_that_the_page_quotes_are_those_of_the_config(tmp_path):
-    quoted = re.findall(r"`(\w+)`\s\(default ([^)]+)\)", PAGE.read_text("utf-8"))
-    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True)
-    assert len(quoted) >= 5
-    assert {name: float(value) for name, value in quoted} == {name: getattr(args, name) for name, _ in quoted}

@@ -6,6 +6,7 @@ installed TRL, or a committed measurement in annotated_examples/expected.
 
 import ast
 import json
+import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -25,6 +26,55 @@ def status() -> None:
         here = [name for name in TRAINERS if (ROOT / folder / f"{name}.{ending}").is_file()]
         links = " ".join(f"[`{name}`]({folder}/{name}.{ending})" for name in here)
         print(f"| {part} | {links} | {' '.join(f'`{name}`' for name in TRAINERS if name not in here)} |")
+    print()
+
+
+IN_SHORT = {  # a quick fact -> where its short form ends
+    "On-policy or off-policy": "[:;]",
+    "Models in memory": "$",
+    "Data set type": "[:;]",
+}
+
+
+def quick_facts(text: str) -> dict[str, str]:
+    """The table below "Quick facts" of a walkthrough: first cell -> second cell."""
+    table = text.split("\n## Quick facts\n", 1)[1].split("\n## ", 1)[0]
+    rows = re.findall(r"^\| (.+?) \| (.+) \|$", table, re.M)
+    return {name: value for name, value in rows if not name.startswith("---")}
+
+
+def walkthroughs() -> None:
+    """A row for each walkthrough: its quick facts in short, and how many lines of TRL it explains."""
+    from trl_source import Source
+    from walkthroughs import PAGES, Page
+
+    source, code, shown = Source.installed(), 0, 0
+    print("\n| walkthrough | whose answers | models in memory | data | lines explained |")
+    print("| --- | --- | --- | --- | ---: |")
+    for path in (PAGES / f"{name}.md" for name in TRAINERS):
+        if not path.is_file():
+            continue
+        text = path.read_text("utf-8")
+        facts, total = quick_facts(text), Page(text, path.name, source).rows()[-1]
+        code, shown = code + len(total.code), shown + len(total.shown)
+        cells = [f"[{text.split(',', 1)[0].removeprefix('# ')}]({path.name})"]
+        cells += [re.split(cut, facts[name])[0] for name, cut in IN_SHORT.items()]
+        print("| " + " | ".join(cells) + f" | {len(total.shown):,} of {len(total.code):,} |")
+    print(f"| **together** | | | | {shown:,} of {code:,} ({shown / code:.1%}) |\n")
+
+
+def errors() -> None:
+    """The errors in TRL's code that the walkthroughs have found: the bold beginning of each point, and where it stands."""
+    from walkthroughs import PAGES
+
+    print("\n| walkthrough | error |\n| --- | --- |")
+    for name in TRAINERS:
+        path = PAGES / f"{name}.md"
+        text = path.read_text("utf-8") if path.is_file() else ""
+        section = text.partition("\n### Errors in the code\n")[2]
+        for bold in re.findall(r"^- \*\*(.+?)\*\*", re.split(r"^##", section, flags=re.M)[0], re.M | re.S):
+            words = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", " ".join(bold.split()).rstrip("."))
+            print(f"| [{name}]({name}.md#errors-in-the-code) | {words} |")
     print()
 
 
