@@ -103,7 +103,7 @@ TOY = {
     "model_name_or_path": str(WORLD / "policy"),  # 0.9M parameters: adds well, slips often (toy/README.md)
     "dataset_name": str(WORLD / "data" / "preference"),  # pairs sampled from this very policy
     "output_dir": "outputs/cpo-toy",
-    "cpo_alpha": 30.0,  # an answer has about 30 tokens, so this turns TRL's mean over the tokens into the paper's sum;
+    "cpo_alpha": 30.0,  # an answer has some 30 tokens, so this turns TRL's mean over the tokens into the paper's sum;
     # at 0 the chosen answers sink with the rejected ones, and at 1 a little
     "learning_rate": 2e-4,
     "per_device_train_batch_size": 16,
@@ -285,6 +285,12 @@ def is_toy_run(folder: Path) -> bool:
     return (folder / "run.json").is_file() and json.loads((folder / "run.json").read_text())["toy"]
 
 
+def says_empty(error: Exception) -> bool:
+    """Whether an error means a file without rows: the reader of each format has its own words for that."""
+    words = ("no data", "first 0 values", "No columns to parse")
+    return isinstance(error, StopIteration) or any(part in str(error.__cause__ or error) for part in words)
+
+
 def load_data(script_args, mixture_args):
     """All splits, from the hub, from a folder with train.jsonl (.csv, .parquet) and test.jsonl, or as a mixture."""
     if mixture_args.datasets:
@@ -293,9 +299,9 @@ def load_data(script_args, mixture_args):
     try:
         return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
     except (StopIteration, OSError, ValueError, DatasetGenerationError) as error:
-        reason = str(error.__cause__ or error).splitlines() or [""]
-        if isinstance(error, StopIteration) or "no data" in reason[0] or "first 0 values" in reason[0]:
+        if says_empty(error):
             stop(f"a split of the data set {name!r} is empty")
+        reason = str(error.__cause__ or error).splitlines() or [""]
         stop(f"cannot load {name!r}, neither as a folder of data files nor from the hub: {reason[0]}")
 
 
@@ -306,7 +312,12 @@ def load_split(dataset, split: str):
             f"there is no split {split!r}, only {sorted(dataset)}: choose with --dataset_train_split and "
             "--dataset_test_split, or do without the held-out comparison with --eval_strategy no"
         )
-    first = next(iter(dataset[split]), None)
+    try:
+        first = next(iter(dataset[split]), None)
+    except ValueError as error:  # a stream opens its file only here
+        if not says_empty(error):
+            raise
+        first = None
     if first is None:
         stop(f"the split {split!r} is empty")
     columns = next((columns for columns in COLUMNS if columns <= set(first)), None)

@@ -33,8 +33,8 @@ Run it (TRL 1.14 removed this trainer: beside a newer TRL, `uv run prm.py` runs 
     accelerate launch prm.py --model_name_or_path ... --use_peft --load_in_4bit --learning_rate 1e-4
 
 What to look at: the loss falls, and "first error found" rises: the share of answers in which the model finds the first wrong
-step, or finds that there is none. On the toy world, saying "right" everywhere already gives about 0.74 of the steps and 0.65
-of the answers.
+step, or finds that there is none. On the held-out answers of the toy world, saying "right" everywhere already gives 0.78 of
+the steps and 0.70 of the answers.
 """
 
 import json
@@ -270,8 +270,8 @@ def build(script_args, training_args, model_args, train_dataset, eval_dataset, t
 def with_labels(trainer, rows):
     """The rows that keep a label within max_length. A batch of others has the mean of nothing, nan, for its loss.
 
-    Such a step teaches nothing, Trainer's log shows 0 for it, and one such batch turns the held-out loss into nan. Where only
-    the last steps of a row are cut, the others are worth as much as before.
+    Such a step teaches nothing, Trainer's log shows 0 for it, and with an older transformers (5.10) one such batch turns the
+    held-out loss into nan. Where only the last steps of a row are cut, the others are worth as much as before.
     """
     args = trainer.args
     limits = f"max_length={args.max_length} and max_completion_length={args.max_completion_length} tokens"
@@ -389,6 +389,12 @@ def is_toy_run(folder: Path) -> bool:
     return (folder / "run.json").is_file() and json.loads((folder / "run.json").read_text())["toy"]
 
 
+def says_empty(error: Exception) -> bool:
+    """Whether an error means a file without rows: the reader of each format has its own words for that."""
+    words = ("no data", "first 0 values", "No columns to parse")
+    return isinstance(error, StopIteration) or any(part in str(error.__cause__ or error) for part in words)
+
+
 def load_data(script_args, mixture_args):
     """All splits, from the hub, from a folder with train.jsonl (.csv, .parquet) and test.jsonl, or as a mixture."""
     if mixture_args.datasets:
@@ -397,9 +403,9 @@ def load_data(script_args, mixture_args):
     try:
         return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
     except (StopIteration, OSError, ValueError, DatasetGenerationError) as error:
-        reason = str(error.__cause__ or error).splitlines() or [""]
-        if isinstance(error, StopIteration) or "no data" in reason[0] or "first 0 values" in reason[0]:
+        if says_empty(error):
             stop(f"a split of the data set {name!r} is empty")
+        reason = str(error.__cause__ or error).splitlines() or [""]
         stop(f"cannot load {name!r}, neither as a folder of data files nor from the hub: {reason[0]}")
 
 
@@ -410,7 +416,12 @@ def load_split(dataset, split: str):
             f"there is no split {split!r}, only {sorted(dataset)}: choose with --dataset_train_split and "
             "--dataset_test_split, or do without the held-out comparison with --eval_strategy no"
         )
-    first = next(iter(dataset[split]), None)
+    try:
+        first = next(iter(dataset[split]), None)
+    except ValueError as error:  # a stream opens its file only here
+        if not says_empty(error):
+            raise
+        first = None
     if first is None:
         stop(f"the split {split!r} is empty")
     columns = next((columns for columns in COLUMNS if columns <= set(first)), None)

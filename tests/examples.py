@@ -519,7 +519,7 @@ class Example:
             assert column in message
 
     @pytest.mark.parametrize("streaming", [(), ("--dataset_streaming",)], ids=["whole", "streamed"])
-    @pytest.mark.parametrize("kind", ["json", "csv", "parquet"])
+    @pytest.mark.parametrize("kind", ["json", "csv", "parquet", "csv without a line"])
     def test_an_empty_split_is_refused(self, kind, streaming, real, refused, tmp_path):
         from datasets import Dataset
 
@@ -528,7 +528,10 @@ class Example:
         full = Dataset.from_list([row])
         for split, rows in (("train", full.select([])), ("test", full)):
             (data / f"{split}.jsonl").unlink()
-            getattr(rows, f"to_{kind}")(data / f"{split}.{kind}")
+            ending = kind.split()[0]
+            getattr(rows, f"to_{ending}")(data / f"{split}.{ending}")
+        if kind == "csv without a line":  # an older datasets writes no header either
+            (data / "train.csv").write_text("")
         assert "is empty" in refused(*flags, *streaming)
 
     def test_a_missing_split_is_refused_with_those_that_are_there(self, real, refused):
