@@ -122,6 +122,7 @@ TOY = {
     "max_steps": 40,
     "logging_steps": 4,
     "max_completion_length": 48,  # tokens; the longest answer has fewer
+    "disable_dropout": True,  # matters with an adapter, see below
     "gradient_checkpointing": False,  # would save memory that the toy does not need
     "bf16": False,  # float32 on every device, so that the figures can be compared
     "save_strategy": "no",  # the run is short; the model is saved at its end
@@ -147,6 +148,8 @@ REAL = {
     # ratio leaves 1 and the clipping has something to do
     "beta": 0.01,  # the penalty is summed over the answer: at TRL's 0.05, 20 nats away from the reference cost as much as
     # the reward for being right brings. With a reward model, which can be fooled, take 0.05
+    "disable_dropout": True,  # an adapter has dropout (0.05 with --use_peft). TRL scores fresh answers twice, each time with
+    # other weights left out, and the ratio of a whole answer multiplies the difference: it is not 1, and some are clipped
     "num_train_epochs": 1,  # so every reward in the log is measured on problems that it has not been trained on
     "warmup_steps": 0.05,  # a share of all steps
     "lr_scheduler_type": "constant_with_warmup",

@@ -35,3 +35,13 @@ class TestRLOO(test_example_grpo.TestGRPO):
     def test_an_adapter_starts_as_the_reference(self, call, tmp_path):
         call("--use_peft", "--lora_r", "4", "--learning_rate", "1e-3", *SHORT, "--output_dir", "lora")
         assert logged(tmp_path / "lora")[1]["kl"] == pytest.approx(0, abs=1e-6)
+
+    def test_fresh_answers_have_a_ratio_of_one_with_an_adapter_too(self, call, tmp_path):
+        """With its dropout on, the loss of the second step is not 0, because TRL scores answers twice."""
+        flags = ["--use_peft", "--lora_dropout", "0.3", "--learning_rate", "1e-2", *SHORT]
+        for name, more in (("off", []), ("on", ["--disable_dropout", "false"])):
+            call(*flags, *more, "--output_dir", name)
+        off, on = logged(tmp_path / "off")[2], logged(tmp_path / "on")[2]
+        assert off["loss"] == pytest.approx(0, abs=1e-5)
+        assert off["clip_ratio/region_mean"] == 0
+        assert abs(on["loss"]) > 1e-3
