@@ -35,7 +35,7 @@ Run it:
     accelerate launch online_dpo.py ... --use_peft --load_in_4bit --learning_rate 5e-6
 
 What to look at: objective/scores rises, the mean reward of both answers, and the held-out answers get better. The loss does
-not fall: it stays around log 2 = 0.693 and above, since each step asks about two new answers. Two equal answers teach nothing,
+not fall: it stays around log 2 = 0.693, since each step asks about two new answers. Two equal answers teach nothing,
 and rewards/accuracies counts them as wrong. objective/kl and objective/entropy are sums over the padding behind the answers
 too: numbers to compare, not nats.
 """

@@ -58,7 +58,7 @@ def walkthroughs() -> None:
         facts, total = quick_facts(text), Page(text, path.name, source).rows()[-1]
         code, shown = code + len(total.code), shown + len(total.shown)
         cells = [f"[{text.split(',', 1)[0].removeprefix('# ')}]({path.name})"]
-        cells += [re.split(cut, facts[name])[0] for name, cut in IN_SHORT.items()]
+        cells += [re.split(cut, facts[name])[0].replace("](#", f"]({path.name}#") for name, cut in IN_SHORT.items()]
         print("| " + " | ".join(cells) + f" | {len(total.shown):,} of {len(total.code):,} |")
     print(f"| **together** | | | | {shown:,} of {code:,} ({shown / code:.1%}) |\n")
 
