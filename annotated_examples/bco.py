@@ -1,4 +1,4 @@
-# TRL's implementation: trl/experimental/bco/bco_trainer.py
+# The walkthrough of TRL's implementation: annotated_trainers/bco.md
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [

@@ -1,4 +1,4 @@
-# TRL's implementation: trl/experimental/cpo/cpo_trainer.py
+# The walkthrough of TRL's implementation: annotated_trainers/cpo.md
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [

@@ -1,4 +1,4 @@
-# TRL's implementation: trl/experimental/gkd/gkd_trainer.py
+# The walkthrough of TRL's implementation: annotated_trainers/gkd.md
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [

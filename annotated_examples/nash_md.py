@@ -1,4 +1,4 @@
-# TRL's implementation: trl/experimental/nash_md/nash_md_trainer.py
+# The walkthrough of TRL's implementation: annotated_trainers/nash_md.md
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [

@@ -1,4 +1,4 @@
-# TRL's implementation: trl/experimental/online_dpo/online_dpo_trainer.py
+# The walkthrough of TRL's implementation: annotated_trainers/online_dpo.md
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [

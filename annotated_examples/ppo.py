@@ -1,4 +1,4 @@
-# TRL's implementation: trl/experimental/ppo/ppo_trainer.py
+# The walkthrough of TRL's implementation: annotated_trainers/ppo.md
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [

@@ -1,4 +1,4 @@
-# TRL's implementation: trl/experimental/prm/prm_trainer.py
+# The walkthrough of TRL's implementation: annotated_trainers/prm.md
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [

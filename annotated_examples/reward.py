@@ -1,4 +1,4 @@
-# TRL's implementation: trl/trainer/reward_trainer.py
+# The walkthrough of TRL's implementation: annotated_trainers/reward.md
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [

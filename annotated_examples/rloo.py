@@ -1,4 +1,4 @@
-# TRL's implementation: trl/trainer/rloo_trainer.py
+# The walkthrough of TRL's implementation: annotated_trainers/rloo.md
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
@@ -273,7 +273,8 @@ def build(script_args, training_args, model_args, train_dataset, eval_dataset, t
         "dtype": model_args.dtype,
     } | (training_args.model_init_kwargs or {})
     if eval_dataset is not None:
-        eval_dataset = eval_dataset.take(script_args.eval_rows)
+        most = script_args.eval_rows  # a stream does not know how many rows it has, and an older datasets takes no more
+        eval_dataset = eval_dataset.take(min(most, getattr(eval_dataset, "num_rows", most)))
     if "prompt" not in next(iter(train_dataset)):
         train_dataset = train_dataset.map(as_prompt, remove_columns="question")
         eval_dataset = eval_dataset and eval_dataset.map(as_prompt, remove_columns="question")

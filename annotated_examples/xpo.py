@@ -1,4 +1,4 @@
-# TRL's implementation: trl/experimental/xpo/xpo_trainer.py
+# The walkthrough of TRL's implementation: annotated_trainers/xpo.md
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [

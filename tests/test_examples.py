@@ -1,13 +1,11 @@
 """The example scripts side by side: each has its tests, and what they share is the same."""
 
 import ast
-import re
 import sys
 
 import pytest
 import scripts
 from examples import EXAMPLES, ROOT, SCRIPTS, functions, load
-from trl_source import Source
 
 SECTIONS = ("settings", "model and trainer", "held out", "the run")
 
@@ -76,14 +74,10 @@ def test_the_scripts_have_the_same_sections_in_the_same_order(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_first_line_leads_to_the_walkthrough_or_to_trls_own_file(name):
+def test_the_first_line_leads_to_the_walkthrough(name):
     first = (EXAMPLES / f"{name}.py").read_text().splitlines()[0]
-    if (ROOT / "annotated_trainers" / f"{name}.md").is_file():
-        assert first == f"# The walkthrough of TRL's implementation: annotated_trainers/{name}.md"
-    else:
-        file = re.fullmatch(r"# TRL's implementation: trl/(\S+_trainer\.py)", first)
-        assert file
-        assert (Source.installed().package / file[1]).is_file()
+    assert first == f"# The walkthrough of TRL's implementation: annotated_trainers/{name}.md"
+    assert (ROOT / "annotated_trainers" / f"{name}.md").is_file()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

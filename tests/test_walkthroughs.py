@@ -12,7 +12,7 @@ import pytest
 from fake_release import PAGES, ROOT
 from markdown_pages import language, tokens
 from tables import TRAINERS, quick_facts
-from trl_source import Source
+from trl_source import Source, newest_version, pinned_version
 from walkthroughs import Page
 
 each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
@@ -23,7 +23,7 @@ FACTS = (
 )
 FIRST = ("Quick facts", "The key equation", "Symbols", "One row, from the data set to the loss")
 REST = ("Inside TRL, line by line", "Logged metrics", "Paper against code", "You should know", "Neighbours")
-NEWER = {"In TRL 1.16.0", "After TRL 1.12.0"}
+NEWER = (f"In TRL {newest_version()}", f"After TRL {pinned_version()}")
 
 
 QUOTED = {"grpo": 20, "dpo": 9, "kto": 6, "sft": 5}  # so many defaults at least; the others: 3
@@ -58,7 +58,7 @@ def test_the_index_names_these_parts_in_this_order():
     table = text.split("\n## How a page is built\n", 1)[1].split("\n\n")
     rows = next(part for part in table if part.startswith("| part"))
     named = re.findall(r"^\| (.+?) \|", rows, re.M)[2:]
-    assert named == [*FIRST, *REST, "In TRL 1.16.0, or After TRL 1.12.0"]
+    assert named == [*FIRST, *REST, f"{NEWER[0]}, or {NEWER[1]}"]
 
 
 @each_page
