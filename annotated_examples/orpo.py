@@ -130,6 +130,17 @@ REAL = {
 # ---------------------------------------------------------------------------------------------------- model and trainer
 
 
+class FiniteORPOTrainer(ORPOTrainer):
+    """ORPOTrainer that survives an answer of which the policy is certain, as it may be of a "yes".
+
+    Where the mean log-probability of an answer is nearer to 0 than 3e-8, TRL's gradient of the odds is nan, and one such
+    answer fills the model with it. Here it has no gradient from the odds.
+    """
+
+    def odds_ratio_loss(self, policy_chosen_logps, policy_rejected_logps):
+        return super().odds_ratio_loss(policy_chosen_logps.clamp(max=-1e-6), policy_rejected_logps.clamp(max=-1e-6))
+
+
 def build(script_args, training_args, model_args, train_dataset, eval_dataset, tokenizer):
     """The policy, which is the only model that is held, and the trainer. There is no reference."""
     if not isinstance(train_dataset, Dataset):
@@ -148,7 +159,7 @@ def build(script_args, training_args, model_args, train_dataset, eval_dataset, t
     training_args.model_init_kwargs = None  # the trainer refuses them beside a model
     training_args.remove_unused_columns = False  # the trainer sets it too, with a warning
     set_seed(training_args.seed)  # an adapter starts from random numbers
-    trainer = ORPOTrainer(
+    trainer = FiniteORPOTrainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,

@@ -56,3 +56,14 @@ class TestORPO(Pairs):
             return (prompts / (prompts + answers)).item()
 
         assert by_hand(share)[0] > 0.95
+
+    def test_an_answer_that_is_certain_leaves_the_gradient_finite(self, trainer):
+        import torch
+        from trl.experimental.orpo import ORPOTrainer
+
+        mended = trainer([PREFERENCE["text, explicit prompt"]] * 2)
+        for method, finite in ((ORPOTrainer.odds_ratio_loss, False), (type(mended).odds_ratio_loss, True)):
+            certain, other = torch.zeros(1, requires_grad=True), torch.tensor([-0.5], requires_grad=True)
+            losses = method(mended, certain - 1e-9, other)[0]
+            gradients = torch.autograd.grad(losses.sum(), (certain, other))
+            assert all(gradient.isfinite().all() for gradient in gradients) == finite
