@@ -34,6 +34,7 @@ from transformers import (
 from trl import RLOOConfig, RLOOTrainer
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 from trl.experimental.utils import get_reward
+from trl_source import pinned_version
 
 datasets.disable_progress_bars()
 transformers.utils.logging.disable_progress_bar()
@@ -1266,7 +1267,7 @@ def test_the_group_baselines_on_the_page_are_those_of_the_page_about_grpo(page):
 
 def test_the_settings_of_rloo_that_the_page_names_exist():
     fields = {*RLOOConfig.__dataclass_fields__, *inspect.signature(RLOOTrainer.__init__).parameters}
-    for cells in first_cells(section("After TRL 1.12.0")):
+    for cells in first_cells(section(f"After TRL {pinned_version()}")):
         for name in re.findall(r"`(\w+)`", cells[1]):
             assert name in fields or name in {"prompt", "RLOOConfig", "RLOOTrainer", "model"}, name
         for name in re.findall(r"`(\w+)`", cells[0]):
