@@ -122,6 +122,8 @@ class Source:
         self.package = package  # the folder `trl`
         self.version = version
         self.module = cache(self._module)
+        self.elsewhere = cache(self._elsewhere)
+        self.definers = cache(self._definers)
 
     @classmethod
     @cache
@@ -188,7 +190,7 @@ class Source:
         for depth, name in enumerate(names):
             found = [child for child_name, child in definitions(node) if child_name == name]
             if not found:
-                hint = self._near(node, names[:depth], name, module.path) if depth else self._elsewhere(symbol)
+                hint = self._near(node, names[:depth], name, module.path) if depth else self._hint(symbol)
                 raise SymbolError(f"TRL {self.version} has no `{symbol}`{hint}")
             if len(found) > 1:
                 lines = ", ".join(str(child.lineno) for child in found)
@@ -206,11 +208,11 @@ class Source:
         nearest = ", nearest: " + ", ".join(f"`{other}`" for other in near) if near else ""
         return f": `{'.'.join(outer)}` in {path} has no `{name}`{nearest}"
 
-    def _elsewhere(self, symbol: str) -> str:
+    def _hint(self, symbol: str) -> str:
         found = self.elsewhere(symbol)
         return "; there is " + ", ".join(f"`{other}`" for other in found) if found else ", nor its class elsewhere"
 
-    def elsewhere(self, symbol: str) -> list[str]:
+    def _elsewhere(self, symbol: str) -> list[str]:
         """Other modules that define the same class and method, or else the class alone; none if its class is in place."""
         path, names = self._split(symbol)
         if names and names[0] in dict(definitions(self.module(path).tree)):
@@ -218,11 +220,8 @@ class Source:
         parts = symbol.split(".")
         for wanted in (parts, parts[:-1]):
             for names in (wanted[start:] for start in range(1, len(wanted))):
-                define = re.compile(rf"^\s*(class|def|async def) {re.escape(names[0])}\b", re.MULTILINE)
                 found = []
-                for path in sorted(self.package.rglob("*.py")):
-                    if not define.search(path.read_text("utf-8")):
-                        continue
+                for path in self.definers().get(names[0], []):
                     scopes = [self.module(path).tree]
                     for name in names:
                         scopes = [node for scope in scopes for child, node in definitions(scope) if child == name]
@@ -233,6 +232,14 @@ class Source:
                 if found:
                     return found
         return []
+
+    def _definers(self) -> dict[str, list[Path]]:
+        """Name of a class or function, at any depth -> the files that define one of that name."""
+        define, found = re.compile(r"^\s*(?:class|def|async def) (\w+)", re.MULTILINE), {}
+        for path in sorted(self.package.rglob("*.py")):
+            for name in dict.fromkeys(define.findall(path.read_text("utf-8"))):
+                found.setdefault(name, []).append(path)
+        return found
 
     def _block(self, symbol: str, name: str, module: Module, first: int, last: int) -> Block:
         inside = frozenset(number for number in module.code if first <= number <= last)
