@@ -5,6 +5,7 @@ loss from the head of the script, defaults from the config's dataclass, figures 
 """
 
 import ast
+import html
 import importlib
 import json
 import re
@@ -192,9 +193,9 @@ def cards(group: str) -> None:
         arguments = ", ".join(default(name, argument) for argument in ("learning_rate", *ARGUMENTS[name]))
         lines = {
             "import": found["Import"],
-            "data": f"`{row['data']}`: {found['Data set type'].split(': ', 1)[-1]}",
+            "data": found["Data set type"],
             "models in memory": found["Models in memory"],
-            "loss": "<br>".join(f"`{line}`" for line in loss(name)),
+            "loss": "<br>".join(f"<code>{html.escape(line, quote=False)}</code>" for line in loss(name)),
             "arguments that matter, with defaults": arguments,
             "on the toy world": toy(name, row),
             "on a GPU": on_a_gpu(name),
@@ -203,7 +204,7 @@ def cards(group: str) -> None:
         }
         print(f"\n### {title(name)}\n\n{purpose(name)}\n\n| | |\n| --- | --- |")
         for key, value in lines.items():
-            print(f"| {key} | {value.replace('|', chr(92) + '|')} |")
+            print(f"| {key} | {value.replace('|', '&#124;')} |")
     print()
 
 
