@@ -7,7 +7,7 @@ GENERATED = $(shell git grep -l --untracked -F '[[[cog' -- '*.md')
 COG = $(PYTHON) -m cogapp -P -I tools --verbosity=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check site serve sync coverage drift bump toy expected compare chain gpu environments environment
+.PHONY: help install test check site serve sync coverage drift releases bump toy expected compare chain gpu environments environment
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +50,9 @@ coverage: environment ## how much of each trainer's code its walkthrough explain
 
 drift: environment ## what another release of TRL does to the pages: make drift TRL=1.16.0
 	$(if $(TRL),,$(error say which release: make drift TRL=1.16.0))$(PYTHON) tools/drift.py $(TRL)
+
+releases: environment ## read again, from the wheels of TRL, which release has which trainer and argument
+	$(PYTHON) tools/releases.py read
 
 bump: environment ## move the pin of TRL, regenerate, list what to read again: make bump TRL=1.16.0
 	$(if $(TRL),,$(error say which release: make bump TRL=1.16.0))$(PYTHON) tools/pins.py bump $(TRL)

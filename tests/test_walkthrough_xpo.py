@@ -835,7 +835,7 @@ def test_every_test_that_the_page_names_exists():
 def test_the_arguments_that_the_page_calls_gone_are_gone():
     text = section("Older code and tutorials")
     here = {*XPOConfig.__dataclass_fields__, *inspect.signature(XPOTrainer.__init__).parameters}
-    for name in ("judge", "reward_model", "reward_processing_class"):
+    for name in ("judge", "reward_model"):
         assert f"`{name}=`" in text
         assert name not in here
     assert "reward_funcs" in here
