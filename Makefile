@@ -7,7 +7,7 @@ GENERATED = $(shell git grep -l --untracked -F '[[[cog' -- '*.md')
 COG = $(PYTHON) -m cogapp -P -I tools --verbosity=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check site serve sync coverage drift releases bump toy expected compare chain gpu environments environment
+.PHONY: help install test check site serve sync coverage drift releases bump toy expected compare formats chain gpu environments environment
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -65,6 +65,9 @@ expected: environment ## run a script and write its measurements: make expected 
 
 compare: environment ## put all trainers side by side on the toy world: annotated_examples/expected/compare.json
 	$(PYTHON) tools/compare.py
+
+formats: environment ## give every format of data to every trainer: annotated_examples/expected/formats.json
+	$(PYTHON) tools/formats.py
 
 chain: environment ## run scripts on one another's folders: make chain CHAIN=ppo, dpo or online
 	$(PYTHON) tools/chain.py $(CHAIN)

@@ -353,7 +353,7 @@ def test_an_unknown_environment_is_refused(capsys):
 
 TARGETS = {
     *("help", "install", "test", "check", "site", "serve", "sync"),
-    *("coverage", "drift", "releases", "bump", "toy", "expected", "compare", "chain", "gpu", "environments"),
+    *("coverage", "drift", "releases", "bump", "toy", "expected", "compare", "formats", "chain", "gpu", "environments"),
 }
 
 
