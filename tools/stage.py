@@ -183,8 +183,10 @@ class Site:
             else:
                 text = (self.root / source).read_text("utf-8")
                 # Their titles hold the words that one searches for; still the page on a trainer should come first.
-                is_index = source == "README.md" or source.endswith("/index.md")
-                search = {"boost": 0.2 if is_index else 2 if source.startswith("annotated_trainers/") else 1}
+                is_index = source in ("README.md", "ALL_TRAINERS_QUICK_REF.md") or source.endswith("/index.md")
+                search = {"boost": 0.1 if is_index else 8 if source.startswith("annotated_trainers/") else 1}
+                if source == "annotated_trainers/dpo.md":
+                    search = {"boost": 32}  # its name is a part of OnlineDPO's
                 if source == BETWEEN_RELEASES:
                     search = {"exclude": True}  # it has the words of the walkthroughs, which should be found
                 self.add(page, self.markdown(text, source), source=source, search=search)
