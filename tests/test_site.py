@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import stage
 from markdown_it import MarkdownIt
+from tables import TRAINERS, quick_facts
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDE, PHONE = {"width": 1440, "height": 900}, {"width": 360, "height": 740}
@@ -271,6 +272,20 @@ def test_the_search_finds_the_walkthrough_of_dpo_and_the_class_in_it(page, site,
     assert re.search(r"/annotated_trainers/dpo/", results.locator("a").first.get_attribute("href"))
     marked = page.locator(".md-search-result__list").inner_html()
     assert re.search(r"<mark[^>]*>DPO</mark><mark[^>]*>Trainer</mark>", marked)
+
+
+def test_the_search_for_a_class_finds_the_walkthrough_of_its_trainer_first(page, site):
+    first = {}
+    for trainer in TRAINERS:
+        text = (ROOT / "annotated_trainers" / f"{trainer}.md").read_text("utf-8")
+        page.goto(site)
+        page.keyboard.press("s")
+        page.keyboard.type(re.search(r"\w+Trainer\b", quick_facts(text)["Import"])[0])
+        link = page.locator(".md-search-result__item a[href*='h='][href$=trainer]").first  # the whole word was searched
+        link.wait_for()
+        first[trainer] = page.locator(".md-search-result__item a").first.get_attribute("href")
+    assert len(first) == 15
+    assert {name for name, address in first.items() if f"/annotated_trainers/{name}/" not in address} == set()
 
 
 def test_one_gets_from_the_home_page_over_the_walkthroughs_to_the_script_and_copies_it(page, site):

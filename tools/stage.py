@@ -184,12 +184,13 @@ class Site:
                 text = (self.root / source).read_text("utf-8")
                 # Their titles hold the words that one searches for; still the page on a trainer should come first.
                 is_index = source in ("README.md", "ALL_TRAINERS_QUICK_REF.md") or source.endswith("/index.md")
-                search = {"boost": 0.1 if is_index else 8 if source.startswith("annotated_trainers/") else 1}
-                if source == "annotated_trainers/dpo.md":
-                    search = {"boost": 32}  # its name is a part of OnlineDPO's
+                search = {"boost": 0.2 if is_index else 2 if source.startswith("annotated_trainers/") else 1}
+                tags = re.findall(r"^\| *Import *\|.*?\b(\w+Trainer)\b", text, re.M)  # searched before titles and text
                 if source == BETWEEN_RELEASES:
                     search = {"exclude": True}  # it has the words of the walkthroughs, which should be found
-                self.add(page, self.markdown(text, source), source=source, search=search)
+                self.add(
+                    page, self.markdown(text, source), source=source, search=search, **({"tags": tags} if tags else {})
+                )
         if self.errors:
             raise StageError("\n".join(sorted(set(self.errors))))
 
