@@ -282,7 +282,7 @@ def test_the_search_for_a_class_finds_the_walkthrough_of_its_trainer_first(page,
         page.keyboard.press("s")
         page.keyboard.type(re.search(r"\w+Trainer\b", quick_facts(text)["Import"])[0])
         link = page.locator(".md-search-result__item a[href*='h='][href$=trainer]").first  # the whole word was searched
-        link.wait_for()
+        link.wait_for(state="attached")
         first[trainer] = page.locator(".md-search-result__item a").first.get_attribute("href")
     assert len(first) == 15
     assert {name for name, address in first.items() if f"/annotated_trainers/{name}/" not in address} == set()
