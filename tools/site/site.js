@@ -5,6 +5,17 @@ for (const element of document.querySelectorAll(".arithmatex")) {
   katex.render(tex, element, { displayMode: element.tagName === "DIV", throwOnError: false })
 }
 
+// A long name in a table may break after a slash, a dot or a bracket: `completions/mean_length`. What is copied stays whole.
+for (const code of document.querySelectorAll(".md-typeset table code")) {
+  const walker = document.createTreeWalker(code, NodeFilter.SHOW_TEXT)
+  const texts = []
+  while (walker.nextNode()) texts.push(walker.currentNode)
+  for (const text of texts) {
+    const pieces = text.data.split(/(?<=[\/.([]+)(?=\w)/)
+    if (pieces.length > 1) text.replaceWith(...pieces.flatMap((piece, i) => i ? [document.createElement("wbr"), piece] : piece))
+  }
+}
+
 // Material copies what the eye sees, less the white space at the end. The text itself is better: a script's page copies
 // the file to the last byte, and a wrapped line stays one line. Elsewhere the last line break is left out, so that a
 // command pasted into a terminal waits for the Enter key.
