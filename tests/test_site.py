@@ -60,6 +60,42 @@ BOXES = """() => {
     [box(e.querySelector(".excerpt__code")), box(e.querySelector(".excerpt__notes"))])
 }"""
 
+FAINT = """() => {
+  const channels = colour => colour.match(/[\\d.]+/g).map(Number)
+  const light = colour => {
+    const [r, g, b] = channels(colour).map(c => c / 255).map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+  }
+  const contrast = (one, other) => {
+    const [low, high] = [light(one), light(other)].sort((a, b) => a - b)
+    return (high + 0.05) / (low + 0.05)
+  }
+  const seen = colour => colour.startsWith("rgb") && (channels(colour)[3] ?? 1) > 0.5
+  const page = getComputedStyle(document.body).backgroundColor
+  const faint = []
+  for (const host of document.querySelectorAll("div.mermaid")) {
+    const svg = host.shadowRoot.querySelector("svg")
+    const shapes = [...svg.querySelectorAll("rect, polygon, path.label-container, .label-container path")].filter(e => seen(getComputedStyle(e).fill))
+    const words = [...svg.querySelectorAll("text, span.nodeLabel, span.edgeLabel")].filter(e => e.textContent.trim())
+    for (const word of words) {
+      const style = getComputedStyle(word.querySelector("tspan") ?? word)
+      const box = word.getBoundingClientRect(), x = box.left + box.width / 2, y = box.top + box.height / 2
+      const below = shapes.filter(e => {
+        const b = e.getBoundingClientRect()
+        return b.left <= x && x <= b.right && b.top <= y && y <= b.bottom
+      })
+      const ground = below.length ? getComputedStyle(below.at(-1)).fill : page
+      const ink = word.tagName === "text" ? style.fill : style.color
+      if (contrast(ink, ground) < 4.5) faint.push(`${word.textContent.trim()}: ${ink} on ${ground}`)
+    }
+    for (const arrow of svg.querySelectorAll("[id$=-arrowhead] path, [id$=pointEnd] path")) {
+      const ink = getComputedStyle(arrow).fill
+      if (contrast(ink, page) < 3) faint.push(`an arrowhead: ${ink} on ${page}`)
+    }
+  }
+  return faint
+}"""
+
 
 def missing(what: str) -> None:
     reason = f"the site was not looked at in a browser: {what}"
@@ -136,6 +172,7 @@ class Visit:
     wide: list = field(default_factory=list)  # the excerpts' boxes, [code, notes], each left, top, right, bottom
     narrow: list = field(default_factory=list)
     width_on_phone: dict[str, int] = field(default_factory=dict)  # scheme of the colours -> pixels
+    faint: dict[str, list] = field(default_factory=dict)  # scheme -> words in diagrams that one can hardly read
 
 
 def sources() -> dict[str, str]:
@@ -166,6 +203,7 @@ def visited(tab, site: str, visit: Visit) -> Visit:
         tab.emulate_media(color_scheme=scheme)
         tab.wait_for_selector(f"body[data-md-color-scheme={name}]")
         visit.width_on_phone[scheme] = tab.evaluate("document.documentElement.scrollWidth")
+        visit.faint[scheme] = tab.evaluate(FAINT)
     tab.close()
     return visit
 
@@ -203,6 +241,10 @@ def test_every_formula_is_set(visits):
 def test_every_diagram_is_drawn(visits):
     for visit in visits:
         assert visit.seen["diagrams"] == fences(visit.source, "mermaid"), visit.source
+
+
+def test_the_words_of_every_diagram_can_be_read_in_light_and_in_dark(visits):
+    assert not {visit.source: visit.faint for visit in visits if any(visit.faint.values())}
 
 
 def test_every_page_has_the_lists_tables_and_headings_that_a_git_host_shows(visits):
