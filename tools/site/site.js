@@ -36,3 +36,48 @@ addEventListener("load", makeScrollersFocusable)
 addEventListener("resize", makeScrollersFocusable)
 
 document.querySelector(".md-search")?.setAttribute("aria-label", "Search") // a dialog without a name says nothing
+
+// A search field where a page has <div class="filter-tables">: of the tables below it, the rows with all of its words stay.
+// Headings and text between them go with their table. Without JavaScript nothing is missing but the field.
+function addFilter(mark) {
+  mark.innerHTML = `<label for="table-filter">Show the rows with these words</label>
+    <input id="table-filter" type="search" placeholder="kl grpo" autocomplete="off" spellcheck="false">
+    <output for="table-filter" aria-live="polite"></output>`
+  const [field, output] = [mark.querySelector("input"), mark.querySelector("output")]
+  const rowsOf = element => [...element.querySelectorAll("tbody tr")]
+  function filter() {
+    const words = field.value.toLowerCase().split(/\s+/).filter(Boolean)
+    let part = [], total = 0, shown = 0 // a heading and what follows it, up to the next one
+    const close = () => {
+      const left = part.flatMap(rowsOf).filter(row => !row.hidden).length
+      part.forEach(element => { element.hidden = words.length > 0 && left === 0 })
+      shown += left
+    }
+    for (let element = mark.nextElementSibling; element; element = element.nextElementSibling) {
+      if (element.tagName === "H2") {
+        close()
+        part = []
+      }
+      for (const row of rowsOf(element)) {
+        const text = row.textContent.toLowerCase()
+        row.hidden = !words.every(word => text.includes(word))
+        total += 1
+      }
+      part.push(element)
+    }
+    close()
+    const above = mark.previousElementSibling // the field may hang at the top of the window, far below its place
+    if (above?.getBoundingClientRect().bottom < 0) above.scrollIntoView()
+    output.textContent = words.length ? `${shown} of ${total} rows` : ""
+    makeScrollersFocusable()
+  }
+  field.addEventListener("input", filter)
+  addEventListener("hashchange", () => { // a link to a row that is out of sight
+    const row = document.getElementById(decodeURIComponent(location.hash.slice(1)))
+    if (!row?.closest("[hidden]")) return
+    field.value = ""
+    filter()
+    row.scrollIntoView()
+  })
+}
+document.querySelectorAll(".filter-tables").forEach(addFilter)
