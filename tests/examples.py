@@ -3,8 +3,11 @@
 import ast
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
+import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -144,17 +147,41 @@ def shape(text: str) -> list[str]:
     return [re.sub(r"\d+\+[\d+]+", "SUM", re.sub(r"-?\d[\d.]*(e[+-]\d+)?", "0", line)) for line in lines]
 
 
-def stops_at(line: str, command: list[str], folder: Path, kind: signal.Signals) -> subprocess.Popen:
-    """Starts a command and sends it a signal as soon as it has printed `line`."""
-    process = subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1
-    )
-    for printed in process.stdout:
-        if line in printed:
-            process.send_signal(kind)
-            break
-    process.stdout.close()
-    process.wait(timeout=60)
+# A process of this server has imported torch and TRL already, which takes a new Python five seconds.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["trl.trainer.dpo_trainer", "trl.trainer.grpo_trainer", "trl.experimental.online_dpo"])
+
+
+def start(script: Path, flags: tuple[str, ...], folder: Path, output: str = os.devnull, limit: int | None = None):
+    """Starts a script in `folder`, in a process of its own: what it prints goes to `output`, no file may outgrow `limit`."""
+    process = SERVER.Process(target=run_as_main, args=(str(script), flags, str(folder), output, limit))
+    process.start()
+    return process
+
+
+def run_as_main(script: str, flags: tuple[str, ...], folder: str, output: str, limit: int | None) -> None:
+    os.chdir(folder)
+    printed = os.open(output, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(printed, stream)
+    sys.stdout.reconfigure(line_buffering=True)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.argv = [script, *flags]
+    runpy.run_path(script, run_name="__main__")
+
+
+def stops_at(line: str, script: Path, flags: tuple[str, ...], folder: Path, kind: signal.Signals):
+    """Starts a script and sends it a signal as soon as it has printed `line`; gives the process when it has ended."""
+    pipe = folder / "printed"
+    os.mkfifo(pipe)
+    process = start(script, flags, folder, str(pipe))
+    with pipe.open() as printed:
+        for text in printed:
+            if line in text:
+                os.kill(process.pid, kind)
+                break
+    process.join(timeout=60)
     return process
 
 
@@ -363,12 +390,11 @@ class Example:
         call(*flags, "--output_dir", "whole")
         part = tmp_path / "part"
         flags += ["--output_dir", "part"]
-        command = python(path, *flags)
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (part / "checkpoint-4/trainer_state.json").exists():
+        process = start(path, tuple(flags), tmp_path)
+        while process.is_alive() and not (part / "checkpoint-4/trainer_state.json").exists():
             time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         assert not (part / "model.safetensors").exists()
         shutil.rmtree(part / "checkpoint-6", ignore_errors=True)
         (part / "checkpoint-4" / "trainer_state.json").unlink(missing_ok=True)
@@ -387,16 +413,16 @@ class Example:
             }
 
     def test_ctrl_c_leaves_no_model(self, path, tmp_path):
-        process = stops_at("'epoch'", python(path, "--logging_steps", "1"), tmp_path, signal.SIGINT)
-        assert process.returncode != 0
+        process = stops_at("'epoch'", path, ("--logging_steps", "1"), tmp_path, signal.SIGINT)
+        assert process.exitcode == 1
         output = tmp_path / "outputs" / f"{self.name}-toy"
         assert {path.name for path in output.iterdir()} <= {"run.json", "runs"}
 
     def test_a_full_disk_leaves_no_half_of_a_model(self, path, tmp_path):
         """A file may not grow beyond 1 MB, as on a disk that fills up while the model is written."""
-        command = ["bash", "-c", 'ulimit -f 1000; exec "$@"', "bash", *python(path, *SHORT)]
-        done = run(command, tmp_path)
-        assert done.returncode != 0
+        process = start(path, SHORT, tmp_path, limit=1_000_000)
+        process.join()
+        assert process.exitcode == 1
         output = tmp_path / "outputs" / f"{self.name}-toy"
         assert {path.name for path in output.iterdir()} <= {"run.json", "runs"}
 
