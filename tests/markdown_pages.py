@@ -194,6 +194,12 @@ def run_page(path: Path) -> Run:
     return run
 
 
+@cache
+def ran(path: Path) -> Run:
+    """The run of a page, made once in a process: for tests that only look at what it left behind."""
+    return run_page(path)
+
+
 def _lines_in(error: BaseException, filename: str):
     """Line numbers of an error inside a page, innermost first."""
     if isinstance(error, SyntaxError):

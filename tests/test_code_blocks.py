@@ -30,6 +30,7 @@ from markdown_pages import (
     markdown_files,
     named_formulas,
     quotes_block_above,
+    ran,
     run_page,
     shown,
 )
@@ -134,7 +135,7 @@ def test_every_fence_is_accounted_for(path):
 def test_python_fences_run_and_print_what_the_page_quotes(path):
     if not any(fence.lang == "python" and fence.excuse is None for fence in fences(path)):
         return
-    run = run_page(path)
+    run = ran(path)
     for fence in fences(path):
         if quotes_block_above(fence):
             printed = run.printed[fence.after.line]

@@ -31,7 +31,7 @@ import markdown_pages
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
-from markdown_pages import GUIDES, formulas, markdown_files, named_formulas, run_page, symbols
+from markdown_pages import GUIDES, formulas, markdown_files, named_formulas, ran, symbols
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -65,7 +65,7 @@ def guides():
     """(formula name -> its function, number of blocks run), from running every guide once."""
     functions, blocks = {}, 0
     for path in sorted(GUIDES.glob("*.md")):
-        run = run_page(path)
+        run = ran(path)
         blocks += len(run.blocks)
         for found in formulas(path):
             assert found.name not in functions, f"{found.fence.where}: formula {found.name!r} is on two pages"
@@ -371,7 +371,7 @@ def test_dpo_loss_from_four_log_probabilities_equals_trl():
 @pytest.mark.parametrize("path", [p for p in markdown_files() if p.parent != GUIDES], ids=markdown_pages.shown)
 def test_formulas_on_other_pages_equal_those_of_the_guides(path):
     blocks = {found.name: found.function for found in named_formulas(path) if found.block}
-    namespace = run_page(path).namespace if blocks else {}
+    namespace = ran(path).namespace if blocks else {}
     values = quantities(random_batch(0), {})
     for name, function in blocks.items():
         theirs = inspect.signature(namespace[function]).parameters

@@ -9,6 +9,7 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import formats
 import pytest
+from drift import slug
 from formats import FORMATS, ITS_OWN, SAMPLING, TRAINERS
 from markdown_pages import GUIDES, run_page
 from trl import apply_chat_template, extract_prompt, pack_dataset, unpair_preference_dataset
@@ -311,7 +312,7 @@ def test_the_border_of_text_is_the_first_difference():
 
 def headings(path):
     lines = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.M | re.S), re.M)
-    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+    return {slug(line) for line in lines}
 
 
 def test_every_link_leads_to_a_section_that_exists():

@@ -1,60 +1,66 @@
 """The claims of annotated_trainers/bco.md that running TRL can show, on a random model of two layers, on the CPU."""
 
-import inspect
+import functools
 import json
 import math
 import os
 import pickle
 import random
-import re
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TRL_EXPERIMENTAL_SILENCE="1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datasets
 import pytest
 import torch
-import transformers
 from datasets import Dataset, DatasetDict
-from markdown_pages import FORMULA, fences, run_page
+from markdown_pages import GUIDES
 from peft import LoraConfig, get_peft_model
-from test_walkthrough_dpo import ROWS as PAIRS
-from test_walkthrough_dpo import TEMPLATE, changed, config, first_cells, save, tokenizer
-from test_walkthrough_kto import CHECKPOINTING, ROWS, row
-from transformers import (
-    PrinterCallback,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import Qwen3Config, Qwen3ForCausalLM, T5Config, T5ForConditionalGeneration
 from trl import KTOConfig, KTOTrainer
 from trl.data_utils import apply_chat_template
 from trl.experimental import utils
 from trl.experimental.bco import BCOConfig, BCOTrainer, bco_trainer
 from trl.experimental.bco.bco_trainer import RunningMoments
 from trl.trainer.utils import disable_dropout_in_model
+from walkthrough_tools import (
+    EXAMPLES,
+    EXPECTED,
+    LOG2,
+    PAGES,
+    PAIRS,
+    TEMPLATE,
+    arguments_of,
+    batch_of,
+    changed,
+    comparisons,
+    config,
+    defaults_on,
+    experts,
+    formula_names,
+    functions_of,
+    made_and_trained,
+    make_trainer,
+    metrics_on,
+    model_folder,
+    named_tests,
+    page_of,
+    prose,
+    save,
+    section_of,
+    tokenizer,
+    trained,
+)
+from walkthrough_tools import LABELLED as ROWS
+from walkthrough_tools import labelled as row
 
-datasets.disable_progress_bars()
-transformers.utils.logging.disable_progress_bar()
-
-PAGE = Path(__file__).resolve().parent.parent / "annotated_trainers" / "bco.md"
-MEASURED = PAGE.parent.parent / "annotated_examples" / "expected" / "bco.json"
-LOG2 = math.log(2)
-OWN = ["ref_model", "peft_config", "processing_class", "eval_dataset", "embedding_func", "embedding_tokenizer"]
-OWN += ["model_init", "ref_adapter_name"]
+PAGE = PAGES / "bco.md"
+section = functools.partial(section_of, PAGE)
+MEASURED = EXPECTED / "bco.json"
 TEXT = [{"prompt": "1+2", "completion": "3", "label": i % 2 == 0} for i in range(2)]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    return save(Qwen3ForCausalLM(Qwen3Config(**config())), tmp_path_factory.mktemp("model"))
+checkpoint = model_folder()
 
 
 @pytest.fixture(scope="module")
@@ -62,43 +68,15 @@ def make(checkpoint, tmp_path_factory):
     """Makes a BCOTrainer; keyword arguments of BCOTrainer go there, all others to BCOConfig."""
 
     def make(rows=ROWS, model=None, **more) -> BCOTrainer:
-        own = {key: more.pop(key) for key in OWN if key in more}
-        settings = {
-            "output_dir": str(tmp_path_factory.mktemp("run")),
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "per_device_train_batch_size": 4,
-            "per_device_eval_batch_size": 4,
-            "max_steps": 2,
-            "logging_steps": 1,
-            "learning_rate": 1e-3,
-            CHECKPOINTING: False,
-            "remove_unused_columns": False,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "seed": 1,
-            **more,
-        }
-        trainer = BCOTrainer(
-            model=None if "model_init" in own else model or checkpoint,
-            args=BCOConfig(**settings),
-            train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
-            processing_class=own.pop("processing_class", None) or tokenizer(),
-            **own,
-        )
-        trainer.remove_callback(PrinterCallback)
-        return trainer
+        model = None if "model_init" in more else model or checkpoint
+        sizes = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "max_steps": 2}
+        more = {**sizes, "remove_unused_columns": False, **more}
+        return make_trainer(BCOTrainer, BCOConfig, tmp_path_factory.mktemp("run"), rows, model=model, **more)
 
     return make
 
 
-@pytest.fixture(scope="module")
-def trained_once(make):
-    """A trainer after two steps, with its log, for the tests that only look."""
-    trainer = make(eval_dataset=Dataset.from_list(ROWS), eval_strategy="epoch")
-    trainer.train()
-    return trainer
+trained_once = made_and_trained(eval_dataset=ROWS, eval_strategy="epoch")
 
 
 @pytest.fixture
@@ -112,16 +90,6 @@ def moved(make, checkpoint):
     return moved
 
 
-def trained(trainer: BCOTrainer, **more) -> list[dict]:
-    """Trains, and returns the log lines of the training steps."""
-    trainer.train(**more)
-    return [line for line in trainer.state.log_history if "loss" in line]
-
-
-def batch_of(trainer: BCOTrainer, rows=range(4)) -> dict:
-    return trainer.data_collator([trainer.train_dataset[i] for i in rows])
-
-
 def evaluated(trainer: BCOTrainer, batch: dict) -> tuple[float, dict]:
     """Loss and metrics of a batch, in evaluation: the shift stays where it is."""
     trainer.running.mean = float(trainer.running.mean)
@@ -131,37 +99,12 @@ def evaluated(trainer: BCOTrainer, batch: dict) -> tuple[float, dict]:
     return float(loss), metrics
 
 
-def section(title: str) -> str:
-    """The text of a `##` or `###` section of the page."""
-    found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^##? |\Z)", PAGE.read_text("utf-8"), re.M | re.S)
-    assert found, f"the page has no section {title!r}"
-    return found[2]
-
-
 # ---------------------------------------------------------------------------- the formulas, against TRL's own methods
 
 
-@pytest.fixture(scope="module")
-def page():
-    return run_page(PAGE).namespace
-
-
+page = page_of(PAGE)
 VOCABULARY = 13
-ERRORS: list[float] = []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def summary():
-    yield
-    print(f"\n{len(ERRORS)} comparisons with TRL, largest relative error {max(ERRORS, default=0):.1e}")
-
-
-def agree(ours, theirs) -> float:
-    ours, theirs = torch.as_tensor(ours).detach(), torch.as_tensor(theirs).detach()
-    error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
-    ERRORS.append(error)
-    assert error < 1e-5
-    return error
+ERRORS, agree, summary = comparisons()
 
 
 @pytest.fixture(scope="module")
@@ -286,30 +229,19 @@ def test_the_running_mean_is_that_of_all_rewards(page):
 
 def test_every_displayed_formula_has_its_function_and_is_compared_above():
     known = {"bco-loss", "bco-reward-shift", "bco-slope", "bco-density-weight"}
-    lines = PAGE.read_text("utf-8").split("\n")
-    names = []
-    for fence in fences(PAGE):
-        if fence.lang == "math":
-            above = [line for line in lines[fence.line - 3 : fence.line - 1] if FORMULA.search(line)]
-            assert len(above) == 1, fence.where
-            names.append(FORMULA.search(above[0])[1].strip())
-            block = next(f for f in fences(PAGE) if f.line > fence.line and f.lang == "python")
-            assert f"def {names[-1].replace('-', '_')}(" in block.text
-    assert sorted(names) == sorted(known)
+    assert formula_names(PAGE) == sorted(known)
 
 
 # ------------------------------------------------------------------------------------------------------- what is logged
 
 
 def test_the_page_lists_exactly_the_keys_that_a_run_logs(make):
-    torch.manual_seed(0)
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "output_router_logits": True}
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**config(**experts)))
-    trainer = make(model=model, eval_dataset=Dataset.from_list(ROWS), eval_strategy="epoch")
+    trainer = make(
+        model=experts(output_router_logits=True), eval_dataset=Dataset.from_list(ROWS), eval_strategy="epoch"
+    )
     trainer.train()
     logged = set().union(*trainer.state.log_history)
-    listed = {cells[0].strip("`") for cells in first_cells(section("Logged metrics").split("###")[0])}
-    assert listed == logged
+    assert set(metrics_on(PAGE)) == logged
 
 
 @pytest.mark.parametrize("labels", ["TFTF", "TTTF", "FFFF"])
@@ -322,34 +254,32 @@ def test_the_first_loss_is_log_2_whatever_the_labels(make, labels):
 def test_the_first_loss_of_the_toy_run_is_log_2():
     before = json.loads(MEASURED.read_text("utf-8"))["held_out"]["loss"]["before"]
     assert before == pytest.approx([LOG2] * len(before), abs=1e-5)
-    assert "**$\\log 2$, 0.6931**" in section("What is normal")
+    assert "**$\\log 2$, 0.6931**" in section("The first loss")
     assert round(LOG2, 4) == 0.6931
 
 
 def test_the_shift_of_the_toy_run_is_far_from_the_middle():
     log = json.loads(MEASURED.read_text("utf-8"))["log"]
     good, bad, delta = (log[key]["mean"][-1] for key in ("rewards/chosen", "rewards/rejected", "delta"))
-    said = " ".join(PAGE.read_text("utf-8").split())
+    said = prose(PAGE)
     assert (
         f"good rows is {good:.2f} and that of bad rows {bad:.2f}, the middle between them {(good + bad) / 2:.2f}"
         in said
     )
     assert f"$\\delta$ is {delta:.2f}." in said
-    labels = datasets.load_dataset(str(MEASURED.parents[1] / "toy/data/unpaired_preference"), split="train")["label"]
+    labels = datasets.load_dataset(str(EXAMPLES / "toy/data/unpaired_preference"), split="train")["label"]
     assert sum(labels) / len(labels) == pytest.approx(2 / 3, abs=0.01)
 
 
 def test_the_toy_run_has_the_settings_that_the_page_names():
-    assert '"beta": 1.0' in (MEASURED.parents[1] / "bco.py").read_text("utf-8")
+    assert '"beta": 1.0' in (EXAMPLES / "bco.py").read_text("utf-8")
 
 
 def test_the_router_loss_is_added_and_has_no_key(make):
     losses = []
     for asked in (False, True):
-        torch.manual_seed(0)
-        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-        settings = config(**experts, output_router_logits=asked, router_aux_loss_coef=0.1)
-        (line,) = trained(make(model=Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings)), max_steps=1))
+        model = experts(output_router_logits=asked, router_aux_loss_coef=0.1)
+        (line,) = trained(make(model=model, max_steps=1))
         losses.append(line["loss"])
         assert "aux_loss" not in line
     assert losses[0] == pytest.approx(LOG2, abs=1e-6)
@@ -1255,28 +1185,20 @@ RATIOS = torch.tensor([3.0, -1.5, 0.2, 7.0])
 SIGNS = torch.tensor([True, True, False, False])
 
 
-def block_of(name: str, definition: str) -> dict:
-    """The namespace of the block of another page that defines a function."""
-    (block,) = [f for f in fences(PAGE.parent.parent / name) if re.search(rf"^def {definition}\(", f.text, re.M)]
-    namespace: dict = {"torch": torch, "F": torch.nn.functional}
-    exec(block.text, namespace)
-    return namespace
-
-
 def test_kto_on_the_page_is_the_one_of_the_page_about_kto(page):
-    theirs = block_of("annotated_trainers/kto.md", "kto_loss")["kto_loss"](RATIOS, SIGNS, 0.7, beta=0.3)
+    theirs = functions_of(PAGES / "kto.md", "kto_loss")["kto_loss"](RATIOS, SIGNS, 0.7, beta=0.3)
     assert float(page["kto_loss"](RATIOS, SIGNS, kl=0.7, beta=0.3)) == pytest.approx(float(theirs))
 
 
 def test_dpo_on_the_page_is_the_one_of_the_page_about_dpo(page):
-    theirs = block_of("annotated_trainers/dpo.md", "dpo_loss")["dpo_loss"](
+    theirs = functions_of(PAGES / "dpo.md", "dpo_loss")["dpo_loss"](
         RATIOS[:2], RATIOS[2:], torch.zeros(2), torch.zeros(2), beta=0.3
     )
     assert float(page["dpo_loss"](RATIOS[:2], RATIOS[2:], beta=0.3)) == pytest.approx(float(theirs))
 
 
 def test_bco_pair_on_the_page_is_the_one_of_the_guide_and_twice_bco(page):
-    guide = block_of("reference_guides/preference_losses.md", "dpo_bco_pair")
+    guide = functions_of(GUIDES / "preference_losses.md", "dpo_bco_pair")
     theirs = guide["dpo_bco_pair"](RATIOS[:2], RATIOS[2:], 0.3).mean()
     ours = page["bco_pair"](RATIOS[:2], RATIOS[2:], beta=0.3)
     assert float(ours) == pytest.approx(float(theirs))
@@ -1293,7 +1215,7 @@ def test_bco_is_above_dpo_at_every_shift(page):
 
 
 def test_cpo_and_orpo_on_the_page_are_those_of_the_page_about_dpo(page):
-    theirs = block_of("annotated_trainers/dpo.md", "orpo_loss")
+    theirs = functions_of(PAGES / "dpo.md", "orpo_loss")
     good, bad = torch.tensor([-8.0]), torch.tensor([-9.0])
     cpo = theirs["cpo_loss"](good, bad, chosen_nll=-good.mean() / 10)
     orpo = theirs["orpo_loss"](good / 10, bad / 10, chosen_nll=-good.mean() / 10)
@@ -1311,14 +1233,14 @@ def test_the_slope_of_kto_is_about_half_of_its_largest_where_the_page_says_so(pa
 
 
 def test_every_test_that_the_page_names_exists():
-    named = set(re.findall(r"\btest_\w+", PAGE.read_text("utf-8"))) - {Path(__file__).stem}
+    named = named_tests(PAGE)
     assert named
     assert named <= set(globals())
 
 
 def test_the_arguments_that_the_page_calls_gone_are_gone():
     text = section("Older code and tutorials")
-    here = {*BCOConfig.__dataclass_fields__, *inspect.signature(BCOTrainer.__init__).parameters}
+    here = arguments_of(BCOTrainer, BCOConfig)
     for name in (
         "max_prompt_length",
         "truncation_mode",
@@ -1335,7 +1257,6 @@ def test_the_arguments_that_the_page_calls_gone_are_gone():
 
 
 def test_the_defaults_that_the_page_quotes_are_those_of_the_config(tmp_path):
-    quoted = re.findall(r"`(\w+)` \(default ([^)]+)\)", PAGE.read_text("utf-8"))
-    args = BCOConfig(output_dir=str(tmp_path), use_cpu=True)
+    quoted, true = defaults_on(PAGE, BCOConfig(output_dir=str(tmp_path), use_cpu=True))
     assert len(quoted) >= 6
-    assert {name: value.strip('"`') for name, value in quoted} == {name: str(getattr(args, name)) for name, _ in quoted}
+    assert quoted == true

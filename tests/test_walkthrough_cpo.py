@@ -1,54 +1,63 @@
 """The claims of annotated_trainers/cpo.md that running TRL can show, on a random model of two layers, on the CPU."""
 
-import inspect
+import functools
 import json
 import math
 import os
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TRL_EXPERIMENTAL_SILENCE="1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datasets
 import pytest
 import torch
-import transformers
 from datasets import Dataset, DatasetDict
-from markdown_pages import FORMULA, fences, run_page
 from peft import LoraConfig, get_peft_model
-from test_walkthrough_dpo import ROWS, TEMPLATE, config, first_cells, pair, save, tokenizer
-from test_walkthrough_kto import CHECKPOINTING, ERRORS, agree
-from transformers import (
-    PrinterCallback,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import Qwen3ForCausalLM
 from trl import DPOConfig, DPOTrainer, TrlParser
 from trl.experimental.cpo import CPOConfig, CPOTrainer, cpo_trainer
+from walkthrough_tools import (
+    CHECKPOINTING,
+    EXAMPLES,
+    EXPECTED,
+    LOPSIDED,
+    PAGES,
+    TEMPLATE,
+    arguments_of,
+    batch_of,
+    comparisons,
+    counts,
+    defaults_on,
+    experts,
+    first_cells,
+    formula_names,
+    functions_of,
+    make_trainer,
+    measured,
+    metrics_on,
+    model_folder,
+    named_tests,
+    page_of,
+    pair,
+    prose,
+    raise_logits,
+    random_pairs,
+    repeated,
+    save,
+    section_of,
+    t5,
+    text,
+    tokenizer,
+    trained,
+    words,
+)
+from walkthrough_tools import PAIRS as ROWS
 
-datasets.disable_progress_bars()
-transformers.utils.logging.disable_progress_bar()
-
-PAGE = Path(__file__).resolve().parent.parent / "annotated_trainers" / "cpo.md"
-MEASURED = PAGE.parent.parent / "annotated_examples" / "expected" / "cpo.json"
-OWN = ("peft_config", "processing_class", "eval_dataset", "model_init", "compute_metrics")
-
-
-def text(prompt: str, chosen: str, rejected: str) -> dict:
-    """One row of a preference data set of plain text."""
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    return save(Qwen3ForCausalLM(Qwen3Config(**config())), tmp_path_factory.mktemp("model"))
+PAGE = PAGES / "cpo.md"
+section = functools.partial(section_of, PAGE)
+MEASURED = EXPECTED / "cpo.json"
+checkpoint = model_folder()
 
 
 @pytest.fixture(scope="module")
@@ -56,33 +65,10 @@ def make(checkpoint, tmp_path_factory):
     """Makes a CPOTrainer; keyword arguments of CPOTrainer go there, all others to CPOConfig."""
 
     def make(rows=ROWS, model=None, **more) -> CPOTrainer:
-        own = {k: more.pop(k) for k in OWN if k in more}
-        settings = {
-            "output_dir": str(tmp_path_factory.mktemp("run")),
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "per_device_train_batch_size": 2,
-            "per_device_eval_batch_size": 2,
-            "max_steps": 2,
-            "logging_steps": 1,
-            "learning_rate": 1e-3,
-            CHECKPOINTING: False,
-            "remove_unused_columns": False,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "seed": 1,
-            **more,
-        }
-        trainer = CPOTrainer(
-            model=model if model or "model_init" in own else checkpoint,
-            args=CPOConfig(**settings),
-            train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
-            processing_class=own.pop("processing_class", None) or tokenizer(),
-            **own,
-        )
-        trainer.remove_callback(PrinterCallback)
-        return trainer
+        model = model if model or "model_init" in more else checkpoint
+        sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "max_steps": 2}
+        more = {**sizes, "remove_unused_columns": False, **more}
+        return make_trainer(CPOTrainer, CPOConfig, tmp_path_factory.mktemp("run"), rows, model=model, **more)
 
     return make
 
@@ -93,50 +79,11 @@ def trainer(make):
     return make(eval_dataset=Dataset.from_list(ROWS))
 
 
-def trained(trainer: CPOTrainer) -> list[dict]:
-    """Trains, and returns the log lines of the training steps."""
-    trainer.train()
-    return [line for line in trainer.state.log_history if "loss" in line]
-
-
-def batch_of(trainer: CPOTrainer, rows=range(2)) -> dict:
-    return trainer.data_collator([trainer.train_dataset[i] for i in rows])
-
-
-def measured(trainer: CPOTrainer, batch: dict) -> tuple[float, dict]:
-    """The loss of a batch and its metrics, without a step."""
-    trainer.model.eval()
-    with torch.no_grad():
-        loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch)
-    return float(loss), metrics
-
-
-def words(trainer: CPOTrainer, column: str, row: int = 0) -> list[str]:
-    """The tokens of a row, `-` where the label is -100."""
-    spell = trainer.processing_class.convert_ids_to_tokens
-    return ["-" if i == -100 else spell(i) for i in trainer.train_dataset[row][column]]
-
-
-def section(title: str) -> str:
-    """The text of a `##` or `###` section of the page."""
-    found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^##? |\Z)", PAGE.read_text("utf-8"), re.M | re.S)
-    assert found, f"the page has no section {title!r}"
-    return found[2]
-
-
 # ---------------------------------------------------------------------------- the formulas, against TRL's own methods
 
 
-@pytest.fixture(scope="module")
-def page():
-    return run_page(PAGE).namespace
-
-
-@pytest.fixture(scope="module", autouse=True)
-def summary():
-    ERRORS.clear()
-    yield
-    print(f"\n{len(ERRORS)} comparisons with TRL, largest relative error {max(ERRORS, default=0):.1e}")
+page = page_of(PAGE)
+ERRORS, agree, summary = comparisons()
 
 
 VOCABULARY = 13
@@ -149,20 +96,7 @@ def random_loss(trainer):
     def run(seed, pairs=3, **settings):
         dice = torch.Generator().manual_seed(seed)
 
-        def ids(low, high):
-            length = int(torch.randint(low, high, (1,), generator=dice))
-            return torch.randint(4, VOCABULARY, (length,), generator=dice).tolist()
-
-        rows = []
-        for _ in range(pairs):
-            prompt, row = ids(1, 5), {}
-            for kind in ("chosen", "rejected"):
-                answer = ids(1, 9)
-                row[f"{kind}_input_ids"] = prompt + answer
-                row[f"{kind}_labels"] = [-100] * len(prompt) + answer
-                row[f"{kind}_attention_mask"] = [1] * len(prompt + answer)
-            rows.append(row)
-        batch = trainer.data_collator(rows)
+        batch = trainer.data_collator(random_pairs(dice, pairs, VOCABULARY))
         stacked = trainer.concatenated_inputs(batch)
         ids, labels = stacked["concatenated_input_ids"], stacked["concatenated_labels"]
         logits = (2 * torch.randn((*ids.shape, VOCABULARY), generator=dice)).requires_grad_()
@@ -280,41 +214,25 @@ def test_a_smoothed_label_pulls_back_beyond_its_minimum(page):
 
 def test_every_displayed_formula_has_its_function_and_is_compared_above():
     known = {"cpo-loss", "cpo-nll", "cpo-pull", "simpo-loss", "alphapo-reward", "cpo-hinge", "cpo-ipo", "cpo-smoothed"}
-    lines = PAGE.read_text("utf-8").split("\n")
-    names = []
-    for fence in fences(PAGE):
-        if fence.lang == "math":
-            above = [line for line in lines[fence.line - 3 : fence.line - 1] if FORMULA.search(line)]
-            assert len(above) == 1, fence.where
-            names.append(FORMULA.search(above[0])[1].strip())
-            block = next(f for f in fences(PAGE) if f.line > fence.line and f.lang == "python")
-            assert f"def {names[-1].replace('-', '_')}(" in block.text
-    assert sorted(names) == sorted(known)
+    assert formula_names(PAGE) == sorted(known)
 
 
 # ------------------------------------------------------------------------------------------------------- what is logged
 
 
-def experts(folder, **more) -> str:
-    torch.manual_seed(0)
-    own = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, **more}
-    return save(Qwen3MoeForCausalLM(Qwen3MoeConfig(**config(**own))), folder)
-
-
 def test_the_page_lists_exactly_the_keys_that_a_run_logs(make, tmp_path):
-    model = experts(tmp_path, output_router_logits=True)
+    model = save(experts(output_router_logits=True), tmp_path)
     trainer = make(model=model, eval_dataset=Dataset.from_list(ROWS), eval_strategy="epoch")
     trainer.train()
     logged = set().union(*trainer.state.log_history)
-    listed = {cells[0].strip("`") for cells in first_cells(section("Logged metrics").split("###")[0])}
-    assert listed == logged
+    assert set(metrics_on(PAGE)) == logged
     assert trainer.aux_loss_enabled
 
 
 @pytest.mark.parametrize("on", [True, False])
 def test_the_auxiliary_loss_is_added_and_not_logged(make, tmp_path, on):
-    trainer = make(model=experts(tmp_path, output_router_logits=on, router_aux_loss_coef=0.5))
-    batch = batch_of(trainer)
+    trainer = make(model=save(experts(output_router_logits=on, router_aux_loss_coef=0.5), tmp_path))
+    batch = batch_of(trainer, range(2))
     loss, metrics = measured(trainer, batch)
     with torch.no_grad():
         outputs = trainer.concatenated_forward(trainer.model, batch)
@@ -344,13 +262,13 @@ def test_the_first_losses_of_the_page_are_those_of_equally_likely_answers(make):
 def test_the_first_loss_of_the_toy_run_has_two_parts():
     held_out = json.loads(MEASURED.read_text("utf-8"))["held_out"]
     loss, nll = held_out["loss"]["before"][0], held_out["nll_loss"]["before"][0]
-    assert f"it is {loss:.3f}, of which {30 * nll:.3f} is the second term" in " ".join(PAGE.read_text("utf-8").split())
+    assert f"it is {loss:.3f}, of which {30 * nll:.3f} is the second term" in prose(PAGE)
     assert held_out["rewards/accuracies"]["before"][0] == pytest.approx(0.995)
     assert "0.995 on the toy world's pairs" in PAGE.read_text("utf-8")
 
 
 def test_rewards_are_beta_times_the_log_probability_and_not_a_change(trainer, random_loss):
-    _, metrics = measured(trainer, batch_of(trainer))
+    _, metrics = measured(trainer, batch_of(trainer, range(2)))
     assert metrics["rewards/chosen"] == pytest.approx(0.1 * metrics["logps/chosen"])
     assert metrics["rewards/chosen"] < -3
     found = random_loss(0, loss_type="simpo", beta=2.0, simpo_gamma=7.0)  # gamma is not in them
@@ -369,9 +287,9 @@ def test_logps_are_per_token_for_simpo_and_ipo(random_loss, loss_type):
 
 
 def test_without_the_second_term_its_metric_is_0(trainer, monkeypatch):
-    assert measured(trainer, batch_of(trainer))[1]["nll_loss"] > 3
+    assert measured(trainer, batch_of(trainer, range(2)))[1]["nll_loss"] > 3
     monkeypatch.setattr(trainer, "cpo_alpha", 0)
-    assert measured(trainer, batch_of(trainer))[1]["nll_loss"] == 0
+    assert measured(trainer, batch_of(trainer, range(2)))[1]["nll_loss"] == 0
 
 
 def test_the_mean_logits_run_over_prompt_and_padding_too(random_loss):
@@ -381,15 +299,9 @@ def test_the_mean_logits_run_over_prompt_and_padding_too(random_loss):
 
 
 def test_a_constant_added_to_the_logits_changes_their_metric_only(trainer, monkeypatch):
-    batch, forward = batch_of(trainer), trainer.model.forward
-
-    def raised(*args, **kwargs):
-        outputs = forward(*args, **kwargs)
-        outputs.logits = outputs.logits + 5
-        return outputs
-
+    batch = batch_of(trainer, range(2))
     before, metrics = measured(trainer, batch)
-    monkeypatch.setattr(trainer.model, "forward", raised)
+    raise_logits(trainer.model, 5)
     after, raised_metrics = measured(trainer, batch)
     assert after == pytest.approx(before, abs=1e-5)
     assert raised_metrics["logits/chosen"] == pytest.approx(metrics["logits/chosen"] + 5, abs=1e-4)
@@ -433,7 +345,7 @@ def test_compute_metrics_sees_mean_logits(make):
     trainer = make(eval_dataset=Dataset.from_list(ROWS), compute_metrics=lambda p: seen.append(p) or {})
     trainer.evaluate()
     (prediction,) = seen
-    _, metrics = measured(trainer, batch_of(trainer))
+    _, metrics = measured(trainer, batch_of(trainer, range(2)))
     assert prediction.predictions.shape == (4,)  # two batches, two numbers each
     assert prediction.predictions[0] == pytest.approx(metrics["logits/chosen"], rel=1e-3)
     assert not prediction.label_ids.any()
@@ -489,9 +401,9 @@ def test_the_parent_divides_by_the_accumulation_whatever_the_trainer_promises(ma
 def test_simpo_keeps_the_second_term_unless_told_otherwise(make):
     for cpo_alpha, settings in ((1.0, {}), (0.0, {"cpo_alpha": 0})):
         trainer = make(loss_type="simpo", **settings)
-        loss, metrics = measured(trainer, batch_of(trainer))
+        loss, metrics = measured(trainer, batch_of(trainer, range(2)))
         with torch.no_grad():
-            outputs = trainer.concatenated_forward(trainer.model, batch_of(trainer))
+            outputs = trainer.concatenated_forward(trainer.model, batch_of(trainer, range(2)))
         first = float(trainer.cpo_loss(*outputs[:2])[0].mean())
         assert loss == pytest.approx(first + cpo_alpha * metrics["nll_loss"])
         assert (metrics["nll_loss"] > 3) == (cpo_alpha > 0)
@@ -501,9 +413,11 @@ def test_alphapo_alone_is_simpo(make):
     alone, simpo = make(loss_type="alphapo", cpo_alpha=7.0), make(loss_type="simpo", cpo_alpha=0.0)
     assert alone.loss_type == "simpo"
     assert alone.cpo_alpha == alone.alpha == 0
-    assert measured(alone, batch_of(alone)) == measured(simpo, batch_of(simpo))
+    assert measured(alone, batch_of(alone, range(2))) == measured(simpo, batch_of(simpo, range(2)))
     both = make(loss_type="alphapo", alpha=0.25)
-    assert measured(both, batch_of(both))[0] != pytest.approx(measured(simpo, batch_of(simpo))[0], rel=1e-3)
+    assert measured(both, batch_of(both, range(2)))[0] != pytest.approx(
+        measured(simpo, batch_of(simpo, range(2)))[0], rel=1e-3
+    )
 
 
 def test_the_defaults_ask_simpo_for_five_nats_per_token():
@@ -540,13 +454,6 @@ def test_alpha_with_sums_is_nan_for_answers_of_some_length(trainer, monkeypatch,
 # ------------------------------------------------------------------------------------------------------- the data
 
 
-def counts(trainer, row=0) -> tuple[int, int]:
-    """The number of answer tokens in a tokenized pair."""
-    return tuple(
-        sum(i != -100 for i in trainer.train_dataset[row][f"{kind}_labels"]) for kind in ("chosen", "rejected")
-    )
-
-
 @pytest.mark.parametrize(
     ("prompt", "chosen", "rejected", "max_length", "expected"),
     [(20, 40, 30, 50, (10, 10)), (20, 60, 10, 50, (50, 0)), (20, 11, 10, 30, (11, 10)), (5, 30, 30, 30, (0, 0))],
@@ -567,9 +474,6 @@ def test_a_cut_answer_has_lost_its_end(make):
     row = text("1" * 20, "2" * 39, "3" * 29)
     assert words(make([row]), "chosen_labels")[-1] == "<|end|>"
     assert words(make([row], max_length=50), "chosen_labels")[-1] == "2"
-
-
-LOPSIDED = text("1" * 20, "2" * 59, "3" * 9)  # at a max_length of 50 nothing is left of the rejected answer
 
 
 @pytest.mark.parametrize("loss_type", ["simpo", "ipo", "sigmoid", "hinge"])
@@ -648,12 +552,6 @@ def test_a_text_that_shrinks_when_joined_stops_the_constructor(make):
         make([text("1ab", "c", "d")], processing_class=own)
 
 
-def repeated(question: str) -> dict:
-    prompt = [{"role": "user", "content": "1+2"}]
-    answers = {kind: [*prompt, {"role": "assistant", "content": kind}] for kind in ("chosen", "rejected")}
-    return {"prompt": question, **answers}
-
-
 def test_a_text_prompt_is_ignored_if_the_answers_repeat_the_question(make):
     trainer = make([repeated("something else")])
     assert trainer.train_dataset[0]["prompt"] == "<|user|>1+2<|end|><|assistant|>"
@@ -713,11 +611,11 @@ def test_a_column_named_like_a_tensor_stops_the_run(make):
 
 def test_all_columns_stay(trainer):
     assert len(trainer.train_dataset.column_names) == 11
-    assert batch_of(trainer)["chosen"] == trainer.train_dataset[:2]["chosen"]
+    assert batch_of(trainer, range(2))["chosen"] == trainer.train_dataset[:2]["chosen"]
 
 
 def test_prompts_are_padded_on_the_left_and_sequences_on_the_right(trainer):
-    batch, pad = batch_of(trainer), trainer.pad_token_id
+    batch, pad = batch_of(trainer, range(2)), trainer.pad_token_id
     assert batch["prompt_input_ids"][0, 0] == pad
     assert batch["chosen_input_ids"][0, -1] == pad
     assert batch["chosen_labels"][0, -1] == -100
@@ -779,7 +677,7 @@ def test_bfloat16_numbers_of_that_size_lie_as_far_apart_as_the_page_says():
         weight = torch.tensor(number, dtype=torch.bfloat16)
         assert (weight.float() + 2**-13).to(torch.bfloat16) - weight == 2**-13
         assert (weight.float() + 2**-15).to(torch.bfloat16) == weight
-    assert "neighbouring bfloat16 numbers are 0.0001 apart" in " ".join(PAGE.read_text("utf-8").split())
+    assert "neighbouring bfloat16 numbers are 0.0001 apart" in prose(PAGE)
     assert f"{2**-13:.4f}" == "0.0001"
 
 
@@ -831,7 +729,7 @@ def test_a_missing_pad_token_is_replaced_too_late(make):
 
 def test_a_pad_token_equal_to_eos_does_no_harm(make):
     one, two = make(), make(processing_class=tokenizer(pad="<|end|>"))
-    assert measured(one, batch_of(one))[0] == pytest.approx(measured(two, batch_of(two))[0])
+    assert measured(one, batch_of(one, range(2)))[0] == pytest.approx(measured(two, batch_of(two, range(2)))[0])
     assert words(two, "chosen_labels")[-1] == "<|end|>"
 
 
@@ -903,15 +801,8 @@ def test_generation_needs_a_place_to_send_it_to(make, monkeypatch):
         make(generate_during_eval=True)
 
 
-@pytest.fixture
-def t5():
-    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
-    special = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
-    return T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer()), **sizes, **special))
-
-
-def test_a_tiny_t5_trains(make, t5):
-    trainer = make(model=t5)
+def test_a_tiny_t5_trains(make):
+    trainer = make(model=t5())
     assert trainer.is_encoder_decoder
     assert len(trained(trainer)) == 2
     shifted = trainer._shift_right(torch.tensor([[5, 6, -100]]))
@@ -919,13 +810,13 @@ def test_a_tiny_t5_trains(make, t5):
     assert trainer._shift_right(torch.tensor([[5, -100, -100]])).tolist() == [[0, 5, 0]]
 
 
-def test_only_an_encoder_decoder_model_reads_max_completion_length(make, t5):
-    assert counts(make(model=t5, max_completion_length=2)) == (2, 2)
-    assert make(model=t5).max_completion_length == 128
+def test_only_an_encoder_decoder_model_reads_max_completion_length(make):
+    assert counts(make(model=t5(), max_completion_length=2)) == (2, 2)
+    assert make(model=t5()).max_completion_length == 128
 
 
-def test_a_t5_is_refused_by_name(make, t5, tmp_path):
-    t5.save_pretrained(tmp_path)
+def test_a_t5_is_refused_by_name(make, tmp_path):
+    t5().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="Unrecognized configuration class"):
         make(model=str(tmp_path))
 
@@ -934,9 +825,7 @@ def test_a_t5_is_refused_by_name(make, t5, tmp_path):
 
 
 def test_dpo_on_the_page_is_the_one_of_the_page_about_dpo(page):
-    theirs = {}
-    block = next(fence for fence in fences(PAGE.with_name("dpo.md")) if fence.lang == "python")
-    exec(block.text, theirs)
+    theirs = functions_of(PAGES / "dpo.md", "dpo_loss")
     numbers = torch.tensor([[-3.0, -9.0], [-5.0, -2.0], [-4.0, -4.0], [-1.0, -6.0]])
     assert float(page["dpo_loss"](*numbers, beta=0.3)) == pytest.approx(float(theirs["dpo_loss"](*numbers, beta=0.3)))
 
@@ -959,7 +848,7 @@ def test_the_supervised_term_of_orpo_covers_the_prompt(make, checkpoint, tmp_pat
     orpo, cpo = ORPOTrainer(checkpoint, args=args, **own), make(rows)
     terms = []
     for trainer, covered in ((orpo, 4), (cpo, 2)):  # of five tokens the first is not predicted; two are the answer's
-        batch = batch_of(trainer)
+        batch = batch_of(trainer, range(2))
         trainer.model.eval()
         with torch.no_grad():
             terms.append(float(trainer.concatenated_forward(trainer.model, batch)[4]))
@@ -980,25 +869,25 @@ def test_length_counts_for_cpo_and_not_for_its_neighbours(page):
 
 
 def test_the_toy_run_has_the_settings_that_the_page_names():
-    script = (MEASURED.parents[1] / "cpo.py").read_text("utf-8")
+    script = (EXAMPLES / "cpo.py").read_text("utf-8")
     toy = script[script.index("TOY = {") : script.index("REAL = {")]
     assert '"cpo_alpha": 30.0' in toy
     assert '"beta"' not in toy
-    rows = datasets.load_dataset(str(MEASURED.parents[1] / "toy/data/preference"), split="train")
+    rows = datasets.load_dataset(str(EXAMPLES / "toy/data/preference"), split="train")
     tokens = [len(row["chosen"][0]["content"]) + 1 for row in rows]  # one token per character, and the end
     assert sum(tokens) / len(tokens) == pytest.approx(33, abs=0.5)
-    assert "its answers have 33 tokens on average and `cpo_alpha` is 30" in " ".join(PAGE.read_text("utf-8").split())
+    assert "its answers have 33 tokens on average and `cpo_alpha` is 30" in prose(PAGE)
 
 
 def test_every_test_that_the_page_names_exists():
-    named = set(re.findall(r"\btest_\w+", PAGE.read_text("utf-8"))) - {Path(__file__).stem}
+    named = named_tests(PAGE)
     assert named
     assert named <= set(globals())
 
 
 def test_the_arguments_that_the_page_calls_gone_are_gone():
     section_text = section("Older code and tutorials")
-    here = {*CPOConfig.__dataclass_fields__, *inspect.signature(CPOTrainer.__init__).parameters}
+    here = arguments_of(CPOTrainer, CPOConfig)
     for name in ("max_prompt_length", "truncation_mode", "padding_value", "label_pad_token_id"):
         assert f"`{name}`" in section_text
         assert name not in here
@@ -1007,7 +896,6 @@ def test_the_arguments_that_the_page_calls_gone_are_gone():
 
 
 def test_the_defaults_that_the_page_quotes_are_those_of_the_config(tmp_path):
-    quoted = re.findall(r"`(\w+)` \(default ([^)]+)\)", PAGE.read_text("utf-8"))
-    args = CPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    quoted, true = defaults_on(PAGE, CPOConfig(output_dir=str(tmp_path), use_cpu=True))
     assert len(quoted) >= 6
-    assert {name: value.strip('"`') for name, value in quoted} == {name: str(getattr(args, name)) for name, _ in quoted}
+    assert quoted == true

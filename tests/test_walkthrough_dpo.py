@@ -1,5 +1,6 @@
 """The claims of annotated_trainers/dpo.md that running TRL can show, on a random model of two layers, on the CPU."""
 
+import functools
 import inspect
 import math
 import os
@@ -10,89 +11,42 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TRL_EXPERIMENTAL_SILENCE="1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datasets
 import pytest
 import torch
-import transformers
 from datasets import Dataset
-from markdown_pages import run_page
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import extract_prompt, is_conversational
 from trl.trainer import dpo_trainer
-
-datasets.disable_progress_bars()
-transformers.utils.logging.disable_progress_bar()
-
-PAGE = Path(__file__).resolve().parent.parent / "annotated_trainers" / "dpo.md"
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+from walkthrough_tools import (
+    LOG2,
+    PAGES,
+    TEMPLATE,
+    batch_of,
+    changed,
+    config,
+    experts,
+    first_cells,
+    loss_of,
+    make_trainer,
+    metrics_on,
+    model_folder,
+    page_of,
+    pair,
+    raise_logits,
+    save,
+    section_of,
+    tokenizer,
+    trained,
 )
-LOG2 = math.log(2)
+from walkthrough_tools import PAIRS as ROWS
 
-
-def pair(question: str, good: str, bad: str) -> dict:
-    """One row of a conversational preference data set."""
-    return {
-        "prompt": [{"role": "user", "content": question}],
-        "chosen": [{"role": "assistant", "content": good}],
-        "rejected": [{"role": "assistant", "content": bad}],
-    }
-
-
-ROWS = [
-    pair("1+2", "1+2=3 #3", "1+2=4 #4"),
-    pair("7+12", "7+12=19 #19", "7+12=18 #18"),
-    pair("2+2", "2+2=4 #4", "2+2=5 #5 or so"),
-    pair("5+5", "5+5=10 #10", "5+5=1 #1"),
-]
-
-
-def tokenizer(template: str | None = TEMPLATE, pad: str | None = "<|pad|>", merges=(), more=()):
-    """One token per character, plus `merges`."""
-    characters = sorted(set("0123456789+=# abcdefghijklmnopqrstuvwxyz"))
-    vocab = {t: i for i, t in enumerate(["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", *characters, *more])}
-    core = Tokenizer(models.BPE(vocab, list(merges)))
-    core.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
-    core.decoder = decoders.Fuse()
-    special = ["<|user|>", "<|assistant|>"]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token=pad,
-        eos_token="<|end|>",
-        additional_special_tokens=special,
-        chat_template=template,
-    )
-
-
-def config(**more) -> dict:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 256}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
-    return {"vocab_size": len(tokenizer()), "bos_token_id": None, "eos_token_id": 1, **sizes, **heads, **more}
-
-
-def save(model, folder: Path) -> str:
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    return save(Qwen3ForCausalLM(Qwen3Config(**config())), tmp_path_factory.mktemp("model"))
+PAGE = PAGES / "dpo.md"
+section = functools.partial(section_of, PAGE)
+checkpoint = model_folder()
 
 
 @pytest.fixture
@@ -100,51 +54,10 @@ def build(checkpoint, tmp_path):
     """Makes a DPOTrainer; keyword arguments of DPOTrainer go there, all others to DPOConfig."""
 
     def make(rows=ROWS, model=None, **more) -> DPOTrainer:
-        own = {k: more.pop(k) for k in ("ref_model", "peft_config", "processing_class", "eval_dataset") if k in more}
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "per_device_train_batch_size": 2,
-            "per_device_eval_batch_size": 2,
-            "max_steps": 2,
-            "logging_steps": 1,
-            "learning_rate": 1e-3,
-            "activation_checkpointing": False,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "seed": 1,
-            **more,
-        }
-        if "activation_checkpointing" not in DPOConfig.__dataclass_fields__:  # its name before transformers 5.20
-            settings["gradient_checkpointing"] = settings.pop("activation_checkpointing")
-        trainer = DPOTrainer(
-            model=model or checkpoint,
-            args=DPOConfig(**settings),
-            train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
-            processing_class=own.pop("processing_class", None) or tokenizer(),
-            **own,
-        )
-        trainer.remove_callback(PrinterCallback)
-        return trainer
+        sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "max_steps": 2}
+        return make_trainer(DPOTrainer, DPOConfig, tmp_path / "run", rows, model=model or checkpoint, **sizes | more)
 
     return make
-
-
-def trained(trainer: DPOTrainer) -> list[dict]:
-    """Trains, and returns the log lines of the training steps."""
-    trainer.train()
-    return [line for line in trainer.state.log_history if "loss" in line]
-
-
-def batch_of(trainer: DPOTrainer, count: int = 2) -> dict:
-    return trainer.data_collator([trainer.train_dataset[i] for i in range(count)])
-
-
-def loss_of(trainer: DPOTrainer, batch: dict) -> float:
-    trainer.model.eval()
-    return float(trainer._compute_loss(trainer.model, batch, return_outputs=False).detach())
 
 
 def with_reference(trainer: DPOTrainer, batch: dict, chosen: list[float], rejected: list[float]) -> dict:
@@ -159,40 +72,15 @@ def with_reference(trainer: DPOTrainer, batch: dict, chosen: list[float], reject
     return batch
 
 
-def changed(model):
-    """The same model with other weights: what merging an adapter leaves in memory."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
-    return model
-
-
-def section(title: str) -> str:
-    """The text of a `##` or `###` section of the page."""
-    found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^##? |\Z)", PAGE.read_text("utf-8"), re.M | re.S)
-    assert found, f"the page has no section {title!r}"
-    return found[2]
-
-
-def first_cells(text: str) -> list[list[str]]:
-    """The rows of the tables in a text whose first cell is code, cell by cell."""
-    rows = [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in text.split("\n")]
-    return [cells for cells in rows if re.fullmatch(r"`[^`]+`", cells[0])]
-
-
 # ------------------------------------------------------------------------------------------------------- what is logged
 
 
 def test_the_page_lists_exactly_the_keys_that_a_run_logs(build, tmp_path):
-    torch.manual_seed(0)
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "output_router_logits": False}
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**config(**experts)))
-    trainer = build(model=save(model, tmp_path / "moe"), eval_dataset=Dataset.from_list(ROWS), eval_strategy="epoch")
+    model = save(experts(output_router_logits=False), tmp_path / "moe")
+    trainer = build(model=model, eval_dataset=Dataset.from_list(ROWS), eval_strategy="epoch")
     trainer.train()
     logged = set().union(*trainer.state.log_history)
-    listed = {cells[0].strip("`") for cells in first_cells(section("Logged metrics").split("###")[0])}
-    assert listed == logged
+    assert set(metrics_on(PAGE)) == logged
 
 
 def test_a_dense_model_logs_no_auxiliary_loss(build):
@@ -208,7 +96,7 @@ def test_accuracy_starts_at_0_and_not_at_one_half(build):
 
 def test_the_first_loss_of_every_type_is_the_one_in_the_table(build):
     trainer = build(label_smoothing=1e-3)
-    batch = batch_of(trainer, 4)
+    batch = batch_of(trainer, range(4))
     table = {cells[0].strip("`"): cells[1] for cells in first_cells(section("The first loss, by type"))}
     quoted = re.search(r"Should be one of \[(.*?)\]", inspect.getsource(DPOTrainer._compute_loss), re.S)[1]
     assert set(table) == set(re.findall(r"'(\w+)'", quoted))
@@ -224,22 +112,16 @@ def test_the_first_loss_of_every_type_is_the_one_in_the_table(build):
 
 def test_the_level_of_the_logits_means_nothing(build):
     trainer = build()
-    batch, forward = batch_of(trainer), trainer.model.forward
-
-    def raised(*args, **kwargs):
-        outputs = forward(*args, **kwargs)
-        outputs.logits = outputs.logits + 5
-        return outputs
-
+    batch = batch_of(trainer, range(2))
     before, level = loss_of(trainer, batch), trainer._metrics["eval"]["logits/chosen"].pop()
-    trainer.model.forward = raised
+    raise_logits(trainer.model, 5)
     assert loss_of(trainer, batch) == pytest.approx(before, abs=1e-6)
     assert trainer._metrics["eval"]["logits/chosen"].pop() == pytest.approx(level + 5, abs=1e-4)
 
 
 def test_logged_rewards_ignore_the_divergence(build):
     trainer = build(f_divergence_type="js_divergence")
-    batch = with_reference(trainer, batch_of(trainer), [4.0, 4.0], [-4.0, -4.0])
+    batch = with_reference(trainer, batch_of(trainer, range(2)), [4.0, 4.0], [-4.0, -4.0])
     loss = loss_of(trainer, batch)
     assert trainer._metrics["eval"]["rewards/margins"] == [pytest.approx(0.8, abs=1e-4)]
     assert loss > -torch.nn.functional.logsigmoid(torch.tensor(0.8)).item() + 0.05
@@ -462,7 +344,7 @@ def test_text_gets_an_eos_token_and_messages_do_not(build):
 def test_a_pad_token_equal_to_eos_does_no_harm(build):
     trainer = build(processing_class=tokenizer(pad=None))
     assert trainer.processing_class.pad_token == "<|end|>"
-    batch = batch_of(trainer)
+    batch = batch_of(trainer, range(2))
     assert batch["input_ids"][0, -1] == trainer.processing_class.eos_token_id
     for ids, mask, attention in zip(
         *(batch[k] for k in ("input_ids", "completion_mask", "attention_mask")), strict=True
@@ -542,7 +424,7 @@ def test_weighting_fails_with(build, loss_type, message):
 
 def test_a_weight_can_exceed_one(build):
     trainer = build(use_weighting=True)
-    batch, forward = batch_of(trainer), trainer.model.forward
+    batch, forward = batch_of(trainer, range(2)), trainer.model.forward
 
     def confident(*args, **kwargs):
         outputs = forward(*args, **kwargs)
@@ -558,7 +440,7 @@ def test_a_weight_can_exceed_one(build):
 
 def test_forward_kl_overflows_where_alpha_divergence_is_clamped(build):
     trainer = build(f_divergence_type="forward_kl")
-    batch = with_reference(trainer, batch_of(trainer), [-100.0, -100.0], [-100.0, -100.0])
+    batch = with_reference(trainer, batch_of(trainer, range(2)), [-100.0, -100.0], [-100.0, -100.0])
     assert math.isnan(loss_of(trainer, batch))
     trainer.f_divergence_type, trainer.f_alpha_divergence_coef = "alpha_divergence", 0.1
     assert loss_of(trainer, batch) == pytest.approx(LOG2)
@@ -568,7 +450,7 @@ def test_forward_kl_overflows_where_alpha_divergence_is_clamped(build):
 def test_the_alpha_of_trl_is_one_minus_the_alpha_of_the_paper(build, alpha):
     trainer = build(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=1 - alpha)
     chosen, rejected = [1.5, -0.5], [-1.0, 2.0]
-    batch = with_reference(trainer, batch_of(trainer), chosen, rejected)
+    batch = with_reference(trainer, batch_of(trainer, range(2)), chosen, rejected)
     ratio = {"w": torch.tensor(chosen).exp(), "l": torch.tensor(rejected).exp()}
     paper = {key: (1 - u**-alpha) / alpha for key, u in ratio.items()}
     expected = -torch.nn.functional.logsigmoid(0.1 * (paper["w"] - paper["l"])).mean()
@@ -580,7 +462,7 @@ def test_sorting_needs_more_than_one_pair(build, loss_type):
     trainer = build()
 
     def distance(chosen, rejected):
-        batch = with_reference(trainer, batch_of(trainer, len(chosen)), chosen, rejected)
+        batch = with_reference(trainer, batch_of(trainer, range(len(chosen))), chosen, rejected)
         values = []
         for trainer.loss_types in (["sigmoid"], [loss_type]):
             values.append(loss_of(trainer, batch))
@@ -613,7 +495,7 @@ def test_accumulation_changes_the_loss_only_of_a_token_mean(build, loss_type, sa
 def test_padding_free_does_nothing(build):
     trainer = build(padding_free=True)
     assert trainer.padding_free is False
-    assert batch_of(trainer, 3)["attention_mask"].min() == 0
+    assert batch_of(trainer, range(3))["attention_mask"].min() == 0
 
 
 def test_liger_gets_beta_and_the_loss_type_only(build, monkeypatch):
@@ -638,18 +520,16 @@ def test_liger_gets_beta_and_the_loss_type_only(build, monkeypatch):
     )
     assert received == [{"beta": 0.1, "loss_type": "robust"}]
     again.model.eval()
-    again.compute_loss(again.model, batch_of(again))
+    again.compute_loss(again.model, batch_of(again, range(2)))
     plain = build()
-    loss_of(plain, batch_of(plain))
+    loss_of(plain, batch_of(plain, range(2)))
     assert set(plain._metrics["eval"]) - set(again._metrics["eval"]) == {"entropy", "mean_token_accuracy"}
 
 
 # ------------------------------------------------------------------------------------------------------- the neighbours
 
 
-@pytest.fixture(scope="module")
-def page():
-    return run_page(PAGE).namespace
+page = page_of(PAGE)
 
 
 LOGPS = {"c": torch.tensor([-3.0, -1.5]), "r": torch.tensor([-2.0, -4.0])}
@@ -658,7 +538,7 @@ LOGPS = {"c": torch.tensor([-3.0, -1.5]), "r": torch.tensor([-2.0, -4.0])}
 def test_the_key_equation_is_what_trl_computes(build, page):
     trainer = build(beta=0.3)
     chosen, rejected = [1.5, -0.5], [-1.0, 0.75]
-    batch = with_reference(trainer, batch_of(trainer), chosen, rejected)
+    batch = with_reference(trainer, batch_of(trainer, range(2)), chosen, rejected)
     zeros = torch.zeros(2)
     ours = page["dpo_loss"](torch.tensor(chosen), torch.tensor(rejected), zeros, zeros, beta=0.3)
     assert loss_of(trainer, batch) == pytest.approx(float(ours), abs=1e-5)

@@ -6,21 +6,14 @@ import json
 import math
 import os
 import random
-import re
-from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TRL_EXPERIMENTAL_SILENCE="1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import datasets
 import pytest
 import torch
-import transformers
 from datasets import Dataset
-from markdown_pages import FORMULA, fences, run_page
 from peft import LoraConfig
-from test_walkthrough_dpo import TEMPLATE, config, first_cells, save, tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
@@ -29,27 +22,38 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
-    PrinterCallback,
     Qwen3Config,
     Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 from trl import SFTConfig, SFTTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer, gkd_trainer
 from trl.experimental.utils import DataCollatorForChatML, encode_with_byte_offsets
 from trl.trainer import distillation_trainer
+from walkthrough_tools import (
+    CHECKPOINTING,
+    END,
+    EXAMPLES,
+    EXPECTED,
+    PAD,
+    PAGES,
+    TEMPLATE,
+    comparisons,
+    config,
+    experts,
+    formula_names,
+    made_once,
+    make_trainer,
+    metrics_on,
+    model_folder,
+    page_of,
+    save,
+    tokenizer,
+    trained,
+)
 
-datasets.disable_progress_bars()
-transformers.utils.logging.disable_progress_bar()
-
-PAGE = Path(__file__).resolve().parent.parent / "annotated_trainers" / "gkd.md"
-MEASURED = PAGE.parent.parent / "annotated_examples" / "expected" / "gkd.json"
-CHECKPOINTING = "activation_checkpointing"  # its name since transformers 5.20
-if CHECKPOINTING not in GKDConfig.__dataclass_fields__:
-    CHECKPOINTING = "gradient_checkpointing"
+PAGE = PAGES / "gkd.md"
+MEASURED = EXPECTED / "gkd.json"
 JSD = GKDTrainer.generalized_jsd_loss
-PAD, END = 0, 1
 
 
 def row(question: str, answer: str) -> dict:
@@ -60,10 +64,7 @@ def row(question: str, answer: str) -> dict:
 ROWS = [row("1+2", "1+2=3 #3"), row("7+12", "7+12=19 #19"), row("2+2", "2+2=4 #4"), row("5+5", "5+5=10 #10")]
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    return save(Qwen3ForCausalLM(Qwen3Config(**config())), tmp_path_factory.mktemp("student"))
+student = model_folder()
 
 
 @pytest.fixture(scope="module")
@@ -76,57 +77,19 @@ def teacher(tmp_path_factory) -> str:
     return save(model, tmp_path_factory.mktemp("teacher"))
 
 
-OWN = ("teacher_model", "peft_config", "processing_class", "eval_dataset", "formatting_func", "data_collator")
-
-
 @pytest.fixture(scope="module")
 def make(student, teacher, tmp_path_factory):
     """Makes a GKDTrainer; keyword arguments of GKDTrainer go there, all others to GKDConfig."""
 
-    def make(rows=ROWS, model=None, **more) -> GKDTrainer:
-        own = {name: more.pop(name) for name in OWN if name in more}
-        settings = {
-            "output_dir": str(tmp_path_factory.mktemp("run")),
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "per_device_train_batch_size": 2,
-            "per_device_eval_batch_size": 2,
-            "max_steps": 2,
-            "logging_steps": 1,
-            "learning_rate": 1e-3,
-            "max_new_tokens": 6,
-            "lmbda": 0.0,
-            CHECKPOINTING: False,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "seed": 1,
-            **more,
-        }
-        trainer = GKDTrainer(
-            model=model or student,
-            teacher_model=own.pop("teacher_model", teacher),
-            args=GKDConfig(**settings),
-            train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
-            processing_class=own.pop("processing_class", None) or tokenizer(),
-            **own,
-        )
-        trainer.remove_callback(PrinterCallback)
-        return trainer
+    def make(rows=ROWS, model=None, teacher_model=teacher, **more) -> GKDTrainer:
+        sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "max_steps": 2, "max_new_tokens": 6}
+        more = {**sizes, "lmbda": 0.0, "model": model or student, "teacher_model": teacher_model, **more}
+        return make_trainer(GKDTrainer, GKDConfig, tmp_path_factory.mktemp("run"), rows, **more)
 
     return make
 
 
-@pytest.fixture(scope="module")
-def plain(make) -> GKDTrainer:
-    """A trainer for tests that do not change it."""
-    return make()
-
-
-def trained(trainer) -> list[dict]:
-    """Trains, and returns the log lines of the training steps."""
-    trainer.train()
-    return [line for line in trainer.state.log_history if "loss" in line]
+plain = made_once()
 
 
 def batch_of(trainer: GKDTrainer, rows=ROWS[:2]) -> dict:
@@ -165,35 +128,11 @@ def watch(trainer: GKDTrainer) -> list[SimpleNamespace]:
     return seen
 
 
-def section(title: str) -> str:
-    """The text of a `##` or `###` section of the page."""
-    found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^##? |\Z)", PAGE.read_text("utf-8"), re.M | re.S)
-    assert found, f"the page has no section {title!r}"
-    return found[2]
-
-
 # ---------------------------------------------------------------------------- the formulas, against TRL's own methods
 
 
-@pytest.fixture(scope="module")
-def page():
-    return run_page(PAGE).namespace
-
-
-ERRORS: list[float] = []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def summary():
-    yield
-    print(f"\n{len(ERRORS)} comparisons with TRL, largest relative error {max(ERRORS, default=0):.1e}")
-
-
-def agree(ours, theirs):
-    ours, theirs = torch.as_tensor(ours).detach(), torch.as_tensor(theirs).detach()
-    error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
-    ERRORS.append(error)
-    assert error < 1e-5
+page = page_of(PAGE)
+ERRORS, agree, summary = comparisons()
 
 
 BETAS = (0.0, 0.1, 0.5, 0.8, 1.0)
@@ -265,16 +204,7 @@ def test_the_cost_of_sampling_on_the_page_is_what_trl_pays(page, make, cache):
 
 def test_every_displayed_formula_has_its_function_and_is_compared_above():
     known = {"generalized-jsd", "gkd-loss", "gkd-slope", "sampling-cost"}
-    lines = PAGE.read_text("utf-8").split("\n")
-    names = []
-    for fence in fences(PAGE):
-        if fence.lang == "math":
-            above = [line for line in lines[fence.line - 3 : fence.line - 1] if FORMULA.search(line)]
-            assert len(above) == 1, fence.where
-            names.append(FORMULA.search(above[0])[1].strip())
-            block = next(f for f in fences(PAGE) if f.line > fence.line and f.lang == "python")
-            assert f"def {names[-1].replace('-', '_')}(" in block.text
-    assert sorted(names) == sorted(known)
+    assert formula_names(PAGE) == sorted(known)
 
 
 # -------------------------------------------------------------------------------------------------------- the divergence
@@ -385,8 +315,7 @@ def test_the_page_lists_exactly_the_keys_that_a_run_logs(make):
     trainer = make(lmbda=0.5, eval_dataset=Dataset.from_list(ROWS), eval_strategy="epoch")
     trainer.train()
     logged = set().union(*trainer.state.log_history)
-    listed = {cells[0].strip("`") for cells in first_cells(section("Logged metrics").split("###")[0])}
-    assert listed == logged
+    assert set(metrics_on(PAGE)) == logged
 
 
 def test_nothing_of_what_sft_measures_is_logged(make):
@@ -419,9 +348,7 @@ def test_an_evaluation_before_the_training_is_outside_mixed_precision(make):
 
 
 def test_the_auxiliary_loss_is_computed_and_not_added(make):
-    torch.manual_seed(0)
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "output_router_logits": False}
-    trainer = make(model=Qwen3MoeForCausalLM(Qwen3MoeConfig(**config(**experts))))
+    trainer = make(model=experts(output_router_logits=False))
     batch = batch_of(trainer)
     trainer.model.eval()
     loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
@@ -1074,7 +1001,7 @@ def test_one_combination_warns_about_the_stable_trainer(make, caplog):
 
 
 def test_the_script_mends_the_division_as_the_page_says():
-    assert "trainer.model_accepts_loss_kwargs = False" in (MEASURED.parents[1] / "gkd.py").read_text("utf-8")
+    assert "trainer.model_accepts_loss_kwargs = False" in (EXAMPLES / "gkd.py").read_text("utf-8")
 
 
 def test_the_first_loss_of_the_toy_is_far_below_the_bound():

@@ -14,126 +14,55 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TRL_EXPERIMENTAL_SILENCE="1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import datasets
 import pytest
 import torch
-import transformers
+import walkthrough_tools
 from datasets import Dataset
-from markdown_pages import run_page
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3ForSequenceClassification,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 from trl.trainer.utils import RepeatSampler
-
-datasets.disable_progress_bars()
-transformers.utils.logging.disable_progress_bar()
-
-PAGE = Path(__file__).resolve().parent.parent / "annotated_trainers" / "grpo.md"
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+from walkthrough_tools import (
+    ANSWERS,
+    CLIP_RATIOS,
+    CUT,
+    END,
+    PAD,
+    PAGES,
+    built,
+    changed,
+    checked_formulas,
+    comparisons_of_norms,
+    ended,
+    experts,
+    first_cells,
+    model_folder,
+    page_of,
+    random_batch,
+    samples,
+    save,
+    scored,
+    section_of,
+    trained,
+    trl_loss,
 )
-TOLERANCE = 1e-5
-END = 1  # the tokenizer's end token
+from walkthrough_tools import SUMS as ROWS
+
+PAGE = PAGES / "grpo.md"
+section = functools.partial(section_of, PAGE)
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo")
-CLIP_RATIOS = {f"clip_ratio/{name}" for name in ("low_mean", "high_mean", "region_mean", "low_min", "high_max")}
-ANSWERS = [[5, 6, 7, 8, END], [9, 6, END], [10, 11, 12, END], [13, 14, 15, 16, 17, END]]  # other lengths, other tokens
-ROWS = [
-    {"prompt": [{"role": "user", "content": f"{a}+{b}"}], "answer": str(a + b)} for a in range(1, 5) for b in range(4)
-]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character: 0 fills up, 1 ends, 2 and 3 are headers, all others are text."""
-    characters = sorted(set("0123456789+=# abcdefghijklmnopqrstuvwxyz"))
-    vocab = {t: i for i, t in enumerate(["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", *characters])}
-    core = Tokenizer(models.BPE(vocab, []))
-    core.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<|pad|>",
-        eos_token="<|end|>",
-        additional_special_tokens=["<|user|>", "<|assistant|>"],
-        chat_template=TEMPLATE,
-    )
 
 
 def config(**more) -> dict:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 256}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
-    ids = {"bos_token_id": None, "eos_token_id": END, "pad_token_id": 0}
-    return {"vocab_size": len(tokenizer()), **ids, **sizes, **heads, **more}
+    return walkthrough_tools.config(**{"pad_token_id": PAD} | more)
 
 
-def save(model, folder: Path) -> str:
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    return save(Qwen3ForCausalLM(Qwen3Config(**config())), tmp_path_factory.mktemp("model"))
-
-
-def first_token(completion_ids, **_) -> list[float]:
-    """A reward that differs from answer to answer: small numbers that float32 holds exactly."""
-    return [ids[0] / 8 for ids in completion_ids]
-
-
-def settings_for(kind, folder, **more) -> dict:
-    settings = {
-        "output_dir": str(folder / "run"),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "num_generations": 4,
-        "max_completion_length": 8,
-        "max_steps": 1,
-        "logging_steps": 1,
-        "learning_rate": 1e-3,
-        "activation_checkpointing": False,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "seed": 1,
-        **more,
-    }
-    if "activation_checkpointing" not in kind.__dataclass_fields__:  # its name before transformers 5.20
-        settings["gradient_checkpointing"] = settings.pop("activation_checkpointing")
-    return settings
-
-
-def built(checkpoint, folder, rows=ROWS, model=None, reward=first_token, answers=None, trainer=GRPOTrainer, **more):
-    """A trainer; `answers` are what it will sample, over and over. Other keyword arguments go to the config."""
-    own = {k: more.pop(k) for k in ("eval_dataset", "processing_class") if k in more}
-    kind = GRPOConfig if trainer is GRPOTrainer else RLOOConfig
-    made = trainer(
-        model=model or checkpoint,
-        reward_funcs=reward,
-        args=kind(**settings_for(kind, folder, **more)),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=own.pop("processing_class", None) or tokenizer(),
-        **own,
-    )
-    made.remove_callback(PrinterCallback)
-    if answers:
-        samples(made, answers)
-    return made
+checkpoint = model_folder(pad_token_id=PAD)
 
 
 @pytest.fixture
@@ -157,82 +86,14 @@ def fresh(shared):
     vars(shared.args).update(args)
 
 
-def samples(trainer, answers: list[list[int]], logps=None) -> list[int]:
-    """Makes a trainer sample these answers in turn. Returns a list that fills with the size of each round."""
-    rounds = []
-
-    def turn(prompt_ids, *_, **__):
-        rounds.append(len(prompt_ids))
-        sampled = [list(ids) for ids in itertools.islice(itertools.cycle(answers), len(prompt_ids))]
-        return (sampled, logps) if isinstance(trainer, GRPOTrainer) else sampled
-
-    trainer._generate_single_turn = turn
-    return rounds
-
-
-def trained(trainer) -> list[dict]:
-    """Trains, and returns the log lines of the training steps."""
-    trainer.train()
-    return [line for line in trainer.state.log_history if "loss" in line]
-
-
-def scored(trainer, rows: int = 1, copies: int = 4) -> dict:
-    """A round of `copies` answers to each of the first `rows` prompts."""
-    trainer.model.train()
-    return trainer._generate_and_score_completions([dict(row) for row in ROWS[:rows] for _ in range(copies)])
-
-
-def changed(model, by=0.05):
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(by * torch.randn(weight.shape, generator=generator))
-    return model
-
-
-@pytest.fixture(scope="module")
-def page():
-    return run_page(PAGE).namespace
-
-
-def section(title: str) -> str:
-    """The text of a `##` or `###` section of the page."""
-    head, _, text = PAGE.read_text("utf-8").partition(f"# {title}\n")
-    assert text, f"the page has no section {title!r}"
-    level = len(head) - len(head.rstrip("#")) + 1
-    return re.split(rf"^#{{1,{level}}} ", text, maxsplit=1, flags=re.M)[0]
-
-
-def first_cells(text: str) -> list[list[str]]:
-    """The rows of the tables in a text whose first cell begins with code, cell by cell."""
-    rows = [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in text.split("\n")]
-    return [cells for cells in rows if len(cells) > 2 and re.fullmatch(r"`[^`]+`( \(default\))?", cells[0])]
+page = page_of(PAGE)
 
 
 # ---------------------------------------------------------------------------------------- the formulas, against TRL
 
 
-CALLED: set[str] = set()
-CHECKED: dict[str, str] = {}  # formula name -> the test that compares it
-ERRORS: list[float] = []
-
-
-def checks(*names):
-    """Marks the test that compares these formulas of the page with TRL, and fails it where it did not call one."""
-
-    def decorate(test):
-        CHECKED.update(dict.fromkeys(names, test.__name__))
-
-        @functools.wraps(test)
-        def run(*args, **kwargs):
-            CALLED.clear()
-            test(*args, **kwargs)
-            missing = {name.replace("-", "_") for name in names} - CALLED
-            assert not missing, f"{test.__name__} never computed {sorted(missing)}"
-
-        return run
-
-    return decorate
+CALLED, CHECKED, checks = checked_formulas()
+ERRORS, agree, summary = comparisons_of_norms()
 
 
 @pytest.fixture
@@ -247,52 +108,6 @@ def formula(page):
         return noted
 
     return named
-
-
-def agree(ours, theirs, what="") -> None:
-    """Relative error below the tolerance. A loss is a sum with two signs and may nearly cancel: then relative to 0.1."""
-    error = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-12 if theirs.ndim else 0.1))
-    ERRORS.append(error)
-    assert error < TOLERANCE, f"{what}: relative error {error}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def summary():
-    yield
-    if ERRORS:
-        print(f"\n{len(CHECKED)} formulas, {len(ERRORS)} comparisons with TRL, largest error {max(ERRORS):.1e}")
-
-
-def random_batch(seed=0, drift=0.3, rows=6, width=9) -> tuple[dict, torch.Tensor]:
-    """A micro-batch as `_prepare_inputs` returns it, and the logits that the model will give for it."""
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = len(tokenizer())
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    lengths = torch.tensor([width, *torch.randint(2, width + 1, (rows - 1,), generator=generator).tolist()])
-    mask = (torch.arange(width) < lengths[:, None]).long()
-    ids = torch.randint(4, vocabulary, (rows, width), generator=generator)
-    logits = (2 * normal(rows, width + 1, vocabulary)).requires_grad_()
-    logps = torch.log_softmax(logits[:, :-1], -1).gather(-1, ids[..., None])[..., 0].detach()
-    batch = {
-        "prompt_ids": torch.randint(4, vocabulary, (rows, 3), generator=generator),
-        "prompt_mask": torch.ones(rows, 3, dtype=torch.long),
-        "completion_ids": ids,
-        "completion_mask": mask,
-        "advantages": normal(rows),
-        "num_items_in_batch": mask.sum() * 2,
-        "old_per_token_logps": logps + drift * normal(rows, width),
-        "ref_per_token_logps": logps + 0.5 * normal(rows, width),
-    }
-    return batch, logits
-
-
-def trl_loss(trainer, batch, logits, training=False) -> torch.Tensor:
-    trainer.model.forward = lambda **_: SimpleNamespace(logits=logits, aux_loss=None)
-    trainer.model.train(training)
-    return trainer._compute_loss(trainer.model, batch)
 
 
 def our_loss(formula, trainer, batch, logits, steps=(1, 1, 1)) -> torch.Tensor:
@@ -732,13 +547,6 @@ def test_evaluation_sizes_are_checked_only_with_a_strategy(build):
 # ------------------------------------------------------------------------------------------------------ cut answers
 
 
-def ended(completion_ids, **_) -> list[float]:
-    return [float(ids[-1] == END) for ids in completion_ids]
-
-
-CUT = [[5, 6, END], [5, 7, END], [8] * 8, [9] * 8]  # the last two have no end
-
-
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_masked_answer_still_lowers_the_mean(build, masked):
     trainer = build(answers=CUT, reward=ended, mask_truncated_completions=masked)
@@ -1023,9 +831,7 @@ def listed() -> dict[str, str]:
 
 
 def test_the_page_lists_exactly_the_keys_that_runs_log(build, tmp_path):
-    torch.manual_seed(0)
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "output_router_logits": False}
-    model = save(Qwen3MoeForCausalLM(Qwen3MoeConfig(**config(**experts))), tmp_path / "moe")
+    model = save(experts(pad_token_id=PAD, output_router_logits=False), tmp_path / "moe")
     logged = set()
     for loss_type in ("dapo", "cispo", "vespo"):
         trainer = build(

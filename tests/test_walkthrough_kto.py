@@ -1,62 +1,59 @@
 """The claims of annotated_trainers/kto.md that running TRL can show, on a random model of two layers, on the CPU."""
 
+import functools
 import inspect
 import json
 import math
 import os
 import re
-from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
 os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TRL_EXPERIMENTAL_SILENCE="1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datasets
 import pytest
 import torch
-import transformers
 from datasets import Dataset
-from markdown_pages import FORMULA, fences, run_page
 from peft import LoraConfig, get_peft_model
-from test_walkthrough_dpo import ROWS as PAIRS
-from test_walkthrough_dpo import changed, config, first_cells, save, tokenizer
-from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3ForCausalLM
 from trl import DPOTrainer, KTOConfig, KTOTrainer, TrlParser
 from trl.data_utils import unpair_preference_dataset
 from trl.trainer import kto_trainer
+from walkthrough_tools import CHECKPOINTING as CHECKPOINTING  # for a guide's test
+from walkthrough_tools import (
+    EXAMPLES,
+    EXPECTED,
+    PAGES,
+    PAIRS,
+    arguments_of,
+    batch_of,
+    changed,
+    comparisons,
+    experts,
+    formula_names,
+    functions_of,
+    loss_of,
+    made_and_trained,
+    make_trainer,
+    metrics_on,
+    model_folder,
+    page_of,
+    prose,
+    raise_logits,
+    random_ids,
+    save,
+    section_of,
+    tokenizer,
+    trained,
+)
+from walkthrough_tools import LABELLED as ROWS
+from walkthrough_tools import labelled as row
 
-datasets.disable_progress_bars()
-transformers.utils.logging.disable_progress_bar()
-
-PAGE = Path(__file__).resolve().parent.parent / "annotated_trainers" / "kto.md"
-MEASURED = PAGE.parent.parent / "annotated_examples" / "expected" / "kto.json"
-CHECKPOINTING = "activation_checkpointing"  # its name since transformers 5.20
-if CHECKPOINTING not in KTOConfig.__dataclass_fields__:
-    CHECKPOINTING = "gradient_checkpointing"
-
-
-def row(question: str, answer: str, label) -> dict:
-    """One row of a conversational unpaired preference data set."""
-    return {
-        "prompt": [{"role": "user", "content": question}],
-        "completion": [{"role": "assistant", "content": answer}],
-        "label": label,
-    }
-
-
-ROWS = [
-    row("1+2", "1+2=3 #3", True),
-    row("7+12", "7+12=18 #18", False),
-    row("2+2", "2+2=4 #4", True),
-    row("5+5", "5+5=1 #1 or so", False),
-]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    return save(Qwen3ForCausalLM(Qwen3Config(**config())), tmp_path_factory.mktemp("model"))
+PAGE = PAGES / "kto.md"
+section = functools.partial(section_of, PAGE)
+MEASURED = EXPECTED / "kto.json"
+checkpoint = model_folder()
 
 
 @pytest.fixture(scope="module")
@@ -64,42 +61,14 @@ def make(checkpoint, tmp_path_factory):
     """Makes a KTOTrainer; keyword arguments of KTOTrainer go there, all others to KTOConfig."""
 
     def make(rows=ROWS, model=None, **more) -> KTOTrainer:
-        own = {k: more.pop(k) for k in ("ref_model", "peft_config", "processing_class", "eval_dataset") if k in more}
-        settings = {
-            "output_dir": str(tmp_path_factory.mktemp("run")),
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "per_device_train_batch_size": 4,
-            "per_device_eval_batch_size": 4,
-            "max_steps": 2,
-            "logging_steps": 1,
-            "learning_rate": 1e-3,
-            CHECKPOINTING: False,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "seed": 1,
-            **more,
-        }
-        trainer = KTOTrainer(
-            model=model or checkpoint,
-            args=KTOConfig(**settings),
-            train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
-            processing_class=own.pop("processing_class", None) or tokenizer(),
-            **own,
-        )
-        trainer.remove_callback(PrinterCallback)
-        return trainer
+        more = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "max_steps": 2, **more}
+        folder = tmp_path_factory.mktemp("run")
+        return make_trainer(KTOTrainer, KTOConfig, folder, rows, model=model or checkpoint, **more)
 
     return make
 
 
-@pytest.fixture(scope="module")
-def trained_once(make):
-    """A trainer after two steps, with its log, for the tests that only look."""
-    trainer = make(eval_dataset=Dataset.from_list(ROWS), eval_strategy="epoch")
-    trainer.train()
-    return trainer
+trained_once = made_and_trained(eval_dataset=ROWS, eval_strategy="epoch")
 
 
 @pytest.fixture
@@ -112,21 +81,6 @@ def moved(make, checkpoint):
     return moved
 
 
-def trained(trainer: KTOTrainer) -> list[dict]:
-    """Trains, and returns the log lines of the training steps."""
-    trainer.train()
-    return [line for line in trainer.state.log_history if "loss" in line]
-
-
-def batch_of(trainer: KTOTrainer, rows=range(4)) -> dict:
-    return trainer.data_collator([trainer.train_dataset[i] for i in rows])
-
-
-def loss_of(trainer: KTOTrainer, batch: dict) -> float:
-    trainer.model.eval()
-    return float(trainer._compute_loss(trainer.model, batch, return_outputs=False).detach())
-
-
 def last(trainer: KTOTrainer) -> dict:
     """The metrics of the last call of the loss in evaluation mode."""
     return {key: values[-1] for key, values in trainer._metrics["eval"].items()}
@@ -136,21 +90,10 @@ def texts(trainer: KTOTrainer, column: str) -> list[str]:
     return [trainer.processing_class.decode(ids).removesuffix("<|end|>") for ids in trainer.train_dataset[column]]
 
 
-def section(title: str) -> str:
-    """The text of a `##` or `###` section of the page."""
-    found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^##? |\Z)", PAGE.read_text("utf-8"), re.M | re.S)
-    assert found, f"the page has no section {title!r}"
-    return found[2]
-
-
 # ---------------------------------------------------------------------------- the formulas, against TRL's own methods
 
 
-@pytest.fixture(scope="module")
-def page():
-    return run_page(PAGE).namespace
-
-
+page = page_of(PAGE)
 VOCABULARY = 13
 
 
@@ -166,11 +109,14 @@ def random_loss(make):
     def run(seed, labels, **settings):
         dice = torch.Generator().manual_seed(seed)
 
-        def ids(low, high):
-            length = int(torch.randint(low, high, (1,), generator=dice))
-            return torch.randint(4, VOCABULARY, (length,), generator=dice).tolist()
-
-        rows = [{"prompt_ids": ids(1, 5), "completion_ids": ids(1, 8), "label": label} for label in labels]
+        rows = [
+            {
+                "prompt_ids": random_ids(dice, 1, 5, VOCABULARY),
+                "completion_ids": random_ids(dice, 1, 8, VOCABULARY),
+                "label": label,
+            }
+            for label in labels
+        ]
         for here, before in zip(rows, rows[-1:] + rows[:-1], strict=True):
             here["KL_completion_ids"] = before["completion_ids"]
         batch = trainer.data_collator(rows)
@@ -215,21 +161,7 @@ def random_loss(make):
     return run
 
 
-ERRORS: list[float] = []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def summary():
-    yield
-    print(f"\n{len(ERRORS)} comparisons with TRL, largest relative error {max(ERRORS, default=0):.1e}")
-
-
-def agree(ours, theirs) -> float:
-    ours, theirs = torch.as_tensor(ours).detach(), torch.as_tensor(theirs).detach()
-    error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
-    ERRORS.append(error)
-    assert error < 1e-5
-    return error
+ERRORS, agree, summary = comparisons()
 
 
 LABELS = ([True, False, True, False], [True, True, True, False, True], [True, True], [False, False, False])
@@ -289,30 +221,18 @@ def test_the_rule_for_the_weights_is_the_one_that_trl_prints(page, make, caplog,
 
 def test_every_displayed_formula_has_its_function_and_is_compared_above():
     known = {"kto-loss", "kto-reference-point", "kto-slope", "apo-zero-unpaired", "balanced-weights"}
-    lines = PAGE.read_text("utf-8").split("\n")
-    names = []
-    for fence in fences(PAGE):
-        if fence.lang == "math":
-            above = [line for line in lines[fence.line - 3 : fence.line - 1] if FORMULA.search(line)]
-            assert len(above) == 1, fence.where
-            names.append(FORMULA.search(above[0])[1].strip())
-            block = next(f for f in fences(PAGE) if f.line > fence.line and f.lang == "python")
-            assert f"def {names[-1].replace('-', '_')}(" in block.text
-    assert sorted(names) == sorted(known)
+    assert formula_names(PAGE) == sorted(known)
 
 
 # ------------------------------------------------------------------------------------------------------- what is logged
 
 
 def test_the_page_lists_exactly_the_keys_that_a_run_logs(make, tmp_path):
-    torch.manual_seed(0)
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "output_router_logits": False}
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**config(**experts)))
-    trainer = make(model=save(model, tmp_path / "moe"), eval_dataset=Dataset.from_list(ROWS), eval_strategy="epoch")
+    model = save(experts(output_router_logits=False), tmp_path / "moe")
+    trainer = make(model=model, eval_dataset=Dataset.from_list(ROWS), eval_strategy="epoch")
     trainer.train()
     logged = set().union(*trainer.state.log_history)
-    listed = {cells[0].strip("`") for cells in first_cells(section("Logged metrics").split("###")[0])}
-    assert listed == logged
+    assert set(metrics_on(PAGE)) == logged
 
 
 def test_a_dense_model_logs_no_auxiliary_loss(trained_once):
@@ -335,7 +255,7 @@ def test_the_first_loss_is_half_of_the_mean_weight(make, weights, labels):
 def test_the_first_loss_of_the_toy_run_is_half_of_its_mean_weight():
     first = json.loads(MEASURED.read_text("utf-8"))["held_out"]["loss"]["before"]
     assert len({round(value, 6) for value in first}) == 1
-    labels = datasets.load_dataset(str(MEASURED.parents[1] / "toy/data/unpaired_preference"), split="test")["label"]
+    labels = datasets.load_dataset(str(EXAMPLES / "toy/data/unpaired_preference"), split="test")["label"]
     assert first[0] == pytest.approx(sum(1.0 if label else 2.0 for label in labels) / len(labels) / 2, abs=2e-3)
 
 
@@ -344,7 +264,7 @@ def test_the_level_of_the_toy_run_rises_and_falls_back():
     mean = dict(zip(kl["step"], kl["mean"], strict=True))
     assert max(mean.values()) == mean[20] == pytest.approx(1.6, abs=0.05)
     assert all(value < 0.04 for step, value in mean.items() if step >= 40)
-    assert "rises to 1.6 at step 20 and stays below 0.04 from step 40 on" in " ".join(PAGE.read_text("utf-8").split())
+    assert "rises to 1.6 at step 20 and stays below 0.04 from step 40 on" in prose(PAGE)
 
 
 def test_a_batch_of_one_kind_leaves_the_other_out(moved):
@@ -389,15 +309,9 @@ def test_two_evaluation_sets_share_one_name_for_their_rewards(make):
 
 def test_a_constant_added_to_the_logits_changes_their_metric_only(moved):
     trainer = moved()
-    batch, forward = batch_of(trainer), trainer.model.forward
-
-    def raised(*args, **kwargs):
-        outputs = forward(*args, **kwargs)
-        outputs.logits = outputs.logits + 5
-        return outputs
-
+    batch = batch_of(trainer)
     before, level = loss_of(trainer, batch), last(trainer)["logits/chosen"]
-    trainer.model.forward = raised
+    raise_logits(trainer.model, 5)
     assert loss_of(trainer, batch) == pytest.approx(before, abs=1e-6)
     assert last(trainer)["logits/chosen"] == pytest.approx(level + 5, abs=1e-4)
 
@@ -896,9 +810,7 @@ def test_bco_on_the_page_is_what_trl_computes(page):
 
 
 def test_dpo_on_the_page_is_the_one_of_the_page_about_dpo(page):
-    theirs = {}
-    block = next(fence for fence in fences(PAGE.with_name("dpo.md")) if fence.lang == "python")
-    exec(block.text, theirs)
+    theirs = functions_of(PAGES / "dpo.md", "dpo_loss")
     good, bad = RATIOS[:2], RATIOS[2:]
     ours = page["dpo_loss"](RATIOS, torch.tensor([True, True, False, False]), beta=0.3)
     assert float(ours) == pytest.approx(float(theirs["dpo_loss"](good, bad, torch.zeros(2), torch.zeros(2), beta=0.3)))
@@ -908,7 +820,7 @@ def test_dpo_on_the_page_is_the_one_of_the_page_about_dpo(page):
 
 
 def test_the_toy_run_has_the_settings_that_the_page_names():
-    script = (MEASURED.parents[1] / "kto.py").read_text("utf-8")
+    script = (EXAMPLES / "kto.py").read_text("utf-8")
     assert '"beta": 1.0' in script
     assert '"undesirable_weight": 2.0' in script
     assert '"desirable_weight"' not in script
@@ -916,7 +828,7 @@ def test_the_toy_run_has_the_settings_that_the_page_names():
 
 def test_the_arguments_that_the_page_calls_gone_are_gone():
     text = section("Older code and tutorials")
-    here = {*KTOConfig.__dataclass_fields__, *inspect.signature(KTOTrainer.__init__).parameters}
+    here = arguments_of(KTOTrainer, KTOConfig)
     for name in ("max_prompt_length", "max_completion_length", "model_adapter_name", "ref_adapter_name"):
         assert f"`{name}`" in text
         assert name not in here

@@ -4,40 +4,56 @@ Formulas get random logits, random answers and random scores: sampling, scoring 
 replaced, the rest is the real `training_step` of a real trainer, with its backward pass. `pytest -s` prints the largest error.
 """
 
+import functools
 import inspect
 import itertools
 import json
 import os
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TRL_EXPERIMENTAL_SILENCE="1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 import transformers
 from datasets import Dataset
-from markdown_pages import FORMULA, fences, run_page
 from peft import LoraConfig, get_peft_model
-from test_walkthrough_dpo import config, first_cells, save, tokenizer
-from test_walkthrough_online_dpo import END, ROWS, VOCABULARY, Says, calls_of, gpt2, reward_model
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PrinterCallback,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    TrainerCallback,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl.experimental import utils
 from trl.experimental.nash_md import NashMDConfig, NashMDTrainer, nash_md_trainer
 from trl.experimental.nash_md.nash_md_trainer import GeometricMixtureWrapper
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+from walkthrough_tools import (
+    END,
+    EXPECTED,
+    PAGES,
+    VOCABULARY,
+    Says,
+    arguments_of,
+    calls_of,
+    comparisons,
+    config,
+    formula_names,
+    functions_of,
+    gpt2,
+    made_and_trained,
+    made_once,
+    make_trainer,
+    metrics_on,
+    model_folder,
+    named_tests,
+    page_of,
+    reward_model,
+    section_of,
+    tokenizer,
+    trained,
+)
+from walkthrough_tools import QUESTION_ROWS as ROWS
 
-PAGE = Path(__file__).resolve().parent.parent / "annotated_trainers" / "nash_md.md"
-MEASURED = PAGE.parent.parent / "annotated_examples" / "expected" / "nash_md.json"
+PAGE = PAGES / "nash_md.md"
+section = functools.partial(section_of, PAGE)
+MEASURED = EXPECTED / "nash_md.json"
 TEXTS = [{"prompt": row["prompt"][0]["content"]} for row in ROWS]  # the same prompts as plain text
 
 
@@ -46,75 +62,26 @@ def policy(seed: int = 0, **more) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(Qwen3Config(**config(initializer_range=0.2, **more)))
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
-    return save(policy(), tmp_path_factory.mktemp("model"))
+checkpoint = model_folder(initializer_range=0.2)
 
 
 @pytest.fixture(scope="module")
 def make(checkpoint, tmp_path_factory):
     """Makes a NashMDTrainer; keyword arguments of NashMDTrainer go there, all others to NashMDConfig."""
-    of_trainer = {*inspect.signature(NashMDTrainer.__init__).parameters} - {"model", "args", "train_dataset"}
 
     def make(rows=ROWS, model=None, **more) -> NashMDTrainer:
-        own = {"reward_funcs": reward_model()} | {k: more.pop(k) for k in of_trainer & set(more)}
         if more.get("generation_kwargs", {}) is not None:  # `None` leaves it to TRL
             more["generation_kwargs"] = {"use_cache": False} | more.get("generation_kwargs", {})
-        settings = {
-            "output_dir": str(tmp_path_factory.mktemp("run")),
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "per_device_train_batch_size": 4,
-            "max_new_tokens": 6,
-            "max_length": 64,
-            "max_steps": 1,
-            "logging_steps": 1,
-            "learning_rate": 1e-3,
-            "gradient_checkpointing": False,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "seed": 1,
-            **more,
-        }
-        trainer = NashMDTrainer(
-            model=AutoModelForCausalLM.from_pretrained(checkpoint) if model is None else model,
-            args=NashMDConfig(**settings),
-            train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
-            processing_class=own.pop("processing_class", None) or tokenizer(),
-            **own,
-        )
-        trainer.remove_callback(PrinterCallback)
-        return trainer
+        sizes = {"per_device_train_batch_size": 4, "max_new_tokens": 6, "max_length": 64, "max_steps": 1}
+        more = {**sizes, "reward_funcs": reward_model(), "gradient_checkpointing": False, **more}
+        model = AutoModelForCausalLM.from_pretrained(checkpoint) if model is None else model
+        return make_trainer(NashMDTrainer, NashMDConfig, tmp_path_factory.mktemp("run"), rows, model=model, **more)
 
     return make
 
 
-@pytest.fixture(scope="module")
-def trained_once(make):
-    """A trainer after two steps, with its log, for the tests that only look."""
-    trainer = make(max_steps=2)
-    trainer.train()
-    return trainer
-
-
-@pytest.fixture(scope="module")
-def shared(make):
-    """One trainer for the tests that only call its methods and leave it as it is."""
-    return make()
-
-
-def trained(trainer: NashMDTrainer) -> list[dict]:
-    """Trains, and returns the log lines of the training steps."""
-    trainer.train()
-    return [line for line in trainer.state.log_history if "loss" in line]
-
-
-def section(title: str) -> str:
-    """The text of a `##` or `###` section of the page."""
-    found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^##? |\Z)", PAGE.read_text("utf-8"), re.M | re.S)
-    assert found, f"the page has no section {title!r}"
-    return found[2]
+trained_once = made_and_trained(max_steps=2)
+shared = made_once()
 
 
 def batch(*rows) -> dict:
@@ -125,9 +92,7 @@ def batch(*rows) -> dict:
 # ---------------------------------------------------------------------------- the formulas, against TRL's own methods
 
 
-@pytest.fixture(scope="module")
-def page():
-    return run_page(PAGE).namespace
+page = page_of(PAGE)
 
 
 class Step:
@@ -174,19 +139,7 @@ class Step:
         self.ended, self.rival_ended = ((ids == END).any(1).double() for ids in (sampled, rivals))
 
 
-ERRORS: list[float] = []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def summary():
-    yield
-    print(f"\n{len(ERRORS)} comparisons with TRL, largest relative error {max(ERRORS, default=0):.1e}")
-
-
-def agree(ours, theirs) -> None:
-    ours, theirs = (torch.as_tensor(value).detach().double() for value in (ours, theirs))
-    ERRORS.append(float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)))
-    assert ERRORS[-1] < 1e-5
+ERRORS, agree, summary = comparisons()
 
 
 def test_the_loss_on_the_page_is_what_trl_computes(page, shared):
@@ -234,16 +187,7 @@ def test_the_mixture_on_the_page_is_what_trl_samples_from(page):
 
 
 def test_every_displayed_formula_has_its_function_and_is_compared_above():
-    lines = PAGE.read_text("utf-8").split("\n")
-    names = []
-    for fence in fences(PAGE):
-        if fence.lang == "math":
-            above = [line for line in lines[fence.line - 3 : fence.line - 1] if FORMULA.search(line)]
-            assert len(above) == 1, fence.where
-            names.append(FORMULA.search(above[0])[1].strip())
-            block = next(f for f in fences(PAGE) if f.line > fence.line and f.lang == "python")
-            assert f"def {names[-1].replace('-', '_')}(" in block.text
-    assert sorted(names) == ["geometric-mixture", "nash-md-advantage", "nash-md-loss"]
+    assert formula_names(PAGE) == ["geometric-mixture", "nash-md-advantage", "nash-md-loss"]
 
 
 def test_a_lost_answer_makes_the_loss_negative_and_a_won_one_positive(shared):
@@ -290,8 +234,7 @@ def test_the_kl_term_misses_what_a_token_leads_to(page):
 
 def test_the_page_lists_exactly_the_keys_that_a_run_logs(trained_once):
     logged = set().union(*trained_once.state.log_history)
-    listed = {cells[0].strip("`") for cells in first_cells(section("Logged metrics").split("###")[0])}
-    assert listed == logged
+    assert set(metrics_on(PAGE)) == logged
     assert trained_once.state.log_history[-1]["total_flos"] == 0
 
 
@@ -763,14 +706,6 @@ def test_the_end_of_a_step_is_the_parents():
 # ------------------------------------------------------------------------------------------------------- the neighbours
 
 
-def functions_of(name: str, *wanted: str) -> dict:
-    """Functions from the blocks of another page."""
-    blocks, found = [fence.text for fence in fences(PAGE.with_name(f"{name}.md")) if fence.lang == "python"], {}
-    for function in wanted:
-        exec(next(block for block in blocks if f"def {function}(" in block), found)
-    return found
-
-
 @pytest.fixture
 def case():
     """Log-probabilities of two answers of one length, by policy and reference, and two scores."""
@@ -794,7 +729,7 @@ def test_the_push_of_nash_md_is_that_of_trl(page, case):
 
 def test_the_push_of_rloo_is_that_of_the_page_about_rloo(page, case):
     logps, ref_logps, scores = case
-    theirs = functions_of("rloo", "penalized_reward", "leave_one_out_advantage", "rloo_loss")
+    theirs = functions_of(PAGES / "rloo.md", "penalized_reward", "leave_one_out_advantage", "rloo_loss")
     ones, old = torch.ones(2, 3), logps.detach()
     rewards = theirs["penalized_reward"](scores, old, ref_logps, ones, beta=0.3)
     loss = theirs["rloo_loss"](logps, old, theirs["leave_one_out_advantage"](rewards, 2), ones)
@@ -803,7 +738,7 @@ def test_the_push_of_rloo_is_that_of_the_page_about_rloo(page, case):
 
 def test_the_push_of_online_dpo_is_that_of_the_page_about_online_dpo(page, case):
     logps, ref_logps, scores = case
-    theirs = functions_of("online_dpo", "weighted_reward", "reward_to_pair", "online_dpo_loss")
+    theirs = functions_of(PAGES / "online_dpo.md", "weighted_reward", "reward_to_pair", "online_dpo_loss")
     for points in (scores, scores.flip(0)):
         loss = theirs["online_dpo_loss"](logps, ref_logps, torch.ones(2, 3), points, beta=0.3)
         slope = -torch.autograd.grad(loss, logps, retain_graph=True)[0][0]
@@ -814,14 +749,14 @@ def test_the_push_of_online_dpo_is_that_of_the_page_about_online_dpo(page, case)
 
 
 def test_every_test_that_the_page_names_exists():
-    named = set(re.findall(r"\btest_\w+", PAGE.read_text("utf-8"))) - {Path(__file__).stem}
+    named = named_tests(PAGE)
     assert named
     assert named <= set(globals())
 
 
 def test_the_arguments_that_the_page_calls_gone_are_gone():
     text = section("Older code and tutorials")
-    here = {*NashMDConfig.__dataclass_fields__, *inspect.signature(NashMDTrainer.__init__).parameters}
+    here = arguments_of(NashMDTrainer, NashMDConfig)
     for name in ("reward_model", "judge"):
         assert f"`{name}=`" in text
         assert name not in here

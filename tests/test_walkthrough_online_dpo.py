@@ -4,170 +4,92 @@ Formulas get random logits, random answers and random rewards: `_generate` and t
 the rest is the real `training_step` of a real trainer, with its backward pass. `pytest -s` prints the largest error.
 """
 
+import functools
 import inspect
 import itertools
 import json
 import math
 import os
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TRL_EXPERIMENTAL_SILENCE="1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import datasets
 import pytest
 import torch
 import transformers
 from datasets import Dataset
-from markdown_pages import FORMULA, fences, run_page
+from markdown_pages import fences
 from peft import LoraConfig, get_peft_model
-from test_walkthrough_dpo import config, first_cells, save, tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    PrinterCallback,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3ForSequenceClassification,
-    TrainerCallback,
-)
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import DPOTrainer, GRPOConfig, TrlParser
 from trl.experimental import utils
 from trl.experimental.nash_md import NashMDTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer, online_dpo_trainer
 from trl.experimental.xpo import XPOConfig, XPOTrainer
+from walkthrough_tools import (
+    END,
+    EXAMPLES,
+    EXPECTED,
+    LOG2,
+    PAGES,
+    QUESTIONS,
+    VOCABULARY,
+    Says,
+    arguments_of,
+    calls_of,
+    comparisons,
+    config,
+    defaults_on,
+    first_token,
+    formula_names,
+    functions_of,
+    gpt2,
+    made_and_trained,
+    made_once,
+    make_trainer,
+    metrics_on,
+    model_folder,
+    named_tests,
+    page_of,
+    reward_model,
+    save,
+    section_of,
+    tokenizer,
+    trained,
+)
+from walkthrough_tools import QUESTION_ROWS as ROWS
 
-datasets.disable_progress_bars()
-transformers.utils.logging.disable_progress_bar()
-
-PAGE = Path(__file__).resolve().parent.parent / "annotated_trainers" / "online_dpo.md"
-MEASURED = PAGE.parent.parent / "annotated_examples" / "expected" / "online_dpo.json"
-END = 1  # the tokenizer's end token
-LOG2 = math.log(2)
-QUESTIONS = ("1+2", "7+12", "2+2", "15+15", "3+4", "8+1", "10+10", "6+6")
-ROWS = [{"prompt": [{"role": "user", "content": text}], "answer": str(eval(text))} for text in QUESTIONS]
-
-
-def first_token(completion_ids, **_) -> list[float]:
-    """A reward that differs from answer to answer: small numbers that float32 holds exactly."""
-    return [ids[0] / 8 for ids in completion_ids]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    return save(Qwen3ForCausalLM(Qwen3Config(**config())), tmp_path_factory.mktemp("model"))
+PAGE = PAGES / "online_dpo.md"
+section = functools.partial(section_of, PAGE)
+MEASURED = EXPECTED / "online_dpo.json"
+checkpoint = model_folder()
 
 
 @pytest.fixture(scope="module")
 def make(checkpoint, tmp_path_factory):
     """Makes an OnlineDPOTrainer; keyword arguments of OnlineDPOTrainer go there, all others to OnlineDPOConfig."""
-    of_trainer = {*inspect.signature(OnlineDPOTrainer.__init__).parameters} - {"model", "args", "train_dataset"}
 
     def make(rows=ROWS, model=None, **more) -> OnlineDPOTrainer:
-        own = {"reward_funcs": first_token} | {k: more.pop(k) for k in of_trainer & set(more)}
-        settings = {
-            "output_dir": str(tmp_path_factory.mktemp("run")),
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "per_device_train_batch_size": 4,
-            "max_new_tokens": 8,
-            "max_length": 64,
-            "max_steps": 1,
-            "logging_steps": 1,
-            "learning_rate": 1e-3,
-            "gradient_checkpointing": False,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "seed": 1,
-            **more,
-        }
-        trainer = OnlineDPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(checkpoint) if model is None else model,
-            args=OnlineDPOConfig(**settings),
-            train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
-            processing_class=own.pop("processing_class", None) or tokenizer(),
-            **own,
+        model = AutoModelForCausalLM.from_pretrained(checkpoint) if model is None else model
+        sizes = {"per_device_train_batch_size": 4, "max_new_tokens": 8, "max_length": 64, "max_steps": 1}
+        more = {**sizes, "reward_funcs": first_token, "gradient_checkpointing": False, **more}
+        return make_trainer(
+            OnlineDPOTrainer, OnlineDPOConfig, tmp_path_factory.mktemp("run"), rows, model=model, **more
         )
-        trainer.remove_callback(PrinterCallback)
-        return trainer
 
     return make
 
 
-@pytest.fixture(scope="module")
-def trained_once(make):
-    """A trainer after two steps, with its log, for the tests that only look."""
-    trainer = make(max_steps=2)
-    trainer.train()
-    return trainer
-
-
-@pytest.fixture(scope="module")
-def shared(make):
-    """One trainer for the tests that only call its methods and leave it as it is."""
-    return make()
-
-
-def trained(trainer: OnlineDPOTrainer) -> list[dict]:
-    """Trains, and returns the log lines of the training steps."""
-    trainer.train()
-    return [line for line in trainer.state.log_history if "loss" in line]
-
-
-def reward_model(**more) -> Qwen3ForSequenceClassification:
-    torch.manual_seed(1)
-    return Qwen3ForSequenceClassification(Qwen3Config(**config(num_labels=1, pad_token_id=0, **more)))
-
-
-def calls_of(model) -> list[SimpleNamespace]:
-    """What a model is called with from now on."""
-    seen = []
-
-    def hook(module, args, kwargs):
-        ids = args[0] if args else kwargs["input_ids"]
-        grad = torch.is_grad_enabled()
-        seen.append(SimpleNamespace(shape=tuple(ids.shape), training=module.training, gradient=grad, kwargs=kwargs))
-
-    model.register_forward_pre_hook(hook, with_kwargs=True)
-    return seen
-
-
-def section(title: str) -> str:
-    """The text of a `##` or `###` section of the page."""
-    found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^##? |\Z)", PAGE.read_text("utf-8"), re.M | re.S)
-    assert found, f"the page has no section {title!r}"
-    return found[2]
+trained_once = made_and_trained(max_steps=2)
+shared = made_once()
 
 
 # ---------------------------------------------------------------------------- the formulas, against TRL's own methods
 
 
-@pytest.fixture(scope="module")
-def page():
-    return run_page(PAGE).namespace
-
-
-VOCABULARY = 44  # as many as the tokenizer has
-
-
-class Says:
-    """A model whose logits are given."""
-
-    def __init__(self, logits):
-        self.logits = logits
-
-    def train(self):
-        return self
-
-    def __call__(self, ids, attention_mask):
-        assert ids.shape == self.logits.shape[:2] == attention_mask.shape
-        return SimpleNamespace(logits=self.logits)
+page = page_of(PAGE)
 
 
 class Step:
@@ -218,19 +140,7 @@ class Step:
         self.ended = (self.ids == END).any(1)
 
 
-ERRORS: list[float] = []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def summary():
-    yield
-    print(f"\n{len(ERRORS)} comparisons with TRL, largest relative error {max(ERRORS, default=0):.1e}")
-
-
-def agree(ours, theirs) -> None:
-    ours, theirs = (torch.as_tensor(value).detach().double() for value in (ours, theirs))
-    ERRORS.append(float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)))
-    assert ERRORS[-1] < 1e-5
+ERRORS, agree, summary = comparisons()
 
 
 @pytest.mark.parametrize("name", ["online_dpo_loss", "online_ipo_loss"])
@@ -271,16 +181,7 @@ def test_the_pair_on_the_page_is_the_one_that_trl_makes(page, shared):
 
 def test_every_displayed_formula_has_its_function_and_is_compared_above():
     known = {"weighted-reward", "reward-to-pair", "online-dpo-loss", "online-ipo-loss"}
-    lines = PAGE.read_text("utf-8").split("\n")
-    names = []
-    for fence in fences(PAGE):
-        if fence.lang == "math":
-            above = [line for line in lines[fence.line - 3 : fence.line - 1] if FORMULA.search(line)]
-            assert len(above) == 1, fence.where
-            names.append(FORMULA.search(above[0])[1].strip())
-            block = next(f for f in fences(PAGE) if f.line > fence.line and f.lang == "python")
-            assert f"def {names[-1].replace('-', '_')}(" in block.text
-    assert sorted(names) == sorted(known)
+    assert formula_names(PAGE) == sorted(known)
 
 
 # ------------------------------------------------------------------------------------------------------- what is logged
@@ -288,8 +189,7 @@ def test_every_displayed_formula_has_its_function_and_is_compared_above():
 
 def test_the_page_lists_exactly_the_keys_that_a_run_logs(trained_once):
     logged = set().union(*trained_once.state.log_history)
-    listed = {cells[0].strip("`") for cells in first_cells(section("Logged metrics").split("###")[0])}
-    assert listed == logged
+    assert set(metrics_on(PAGE)) == logged
     assert trained_once.state.log_history[-1]["total_flos"] == 0
 
 
@@ -360,7 +260,7 @@ def test_the_loss_of_the_toy_run_does_not_fall():
 
 
 def test_many_pairs_of_the_toy_policy_hold_one_answer_twice(page):
-    policy = AutoModelForCausalLM.from_pretrained(str(MEASURED.parents[1] / "toy" / "policy"))
+    policy = AutoModelForCausalLM.from_pretrained(str(EXAMPLES / "toy" / "policy"))
     prompts = [page["data"][i]["prompt"] for i in range(64)]
     answers = page["trainer"]._generate(policy, prompts)[2]
     twice = (answers[:64] == answers[64:]).all(1).double().mean()
@@ -596,14 +496,6 @@ def test_the_policy_samples_in_training_mode(make):
     assert len(seen) == 9
     assert all(call.training for call in seen)
     assert [call.gradient for call in seen] == [False] * 8 + [True]
-
-
-def gpt2(**more) -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "initializer_range": 0.3}
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=len(tokenizer()), bos_token_id=None, eos_token_id=END, **sizes, **more)
-    )
 
 
 def test_dropout_parts_policy_and_reference_at_the_first_step(make):
@@ -1020,8 +912,7 @@ def test_grpo_on_the_page_is_the_one_of_the_page_about_grpo(page, answers):
 
 def test_dpo_on_the_page_is_the_one_of_the_page_about_dpo(page, answers):
     logps, ref_logps, mask, rewards = answers
-    theirs = {}
-    exec(next(fence for fence in fences(PAGE.with_name("dpo.md")) if fence.lang == "python").text, theirs)
+    theirs = functions_of(PAGES / "dpo.md", "dpo_loss")
     chosen, rejected = page["reward_to_pair"](rewards)
     sums, refs = (logps * mask).sum(1), (ref_logps * mask).sum(1)
     loss = theirs["dpo_loss"](sums[chosen], sums[rejected], refs[chosen], refs[rejected], beta=0.3)
@@ -1047,18 +938,18 @@ def test_what_this_page_leaves_to_the_page_about_dpo_is_the_same_code():
 
 
 def test_the_toy_run_has_the_settings_that_the_page_names():
-    assert '"beta": 1.0' in (MEASURED.parents[1] / "online_dpo.py").read_text("utf-8")
+    assert '"beta": 1.0' in (EXAMPLES / "online_dpo.py").read_text("utf-8")
 
 
 def test_every_test_that_the_page_names_exists():
-    named = set(re.findall(r"\btest_\w+", PAGE.read_text("utf-8"))) - {Path(__file__).stem}
+    named = named_tests(PAGE)
     assert named
     assert named <= set(globals())
 
 
 def test_the_arguments_that_the_page_calls_gone_are_gone():
     text = section("Older code and tutorials")
-    here = {*OnlineDPOConfig.__dataclass_fields__, *inspect.signature(OnlineDPOTrainer.__init__).parameters}
+    here = arguments_of(OnlineDPOTrainer, OnlineDPOConfig)
     for name in ("reward_model", "judge", "reward_processing_class", "dataset_num_proc"):
         assert re.search(rf"`{name}=?`", text)
         assert name not in here
@@ -1071,8 +962,7 @@ def test_the_switch_for_paged_sampling_is_one_of_grpo_only():
 
 
 def test_the_defaults_that_the_page_quotes_are_those_of_the_config(tmp_path):
-    quoted = re.findall(r"`(\w+)` \(default ([^)]+)\)", PAGE.read_text("utf-8"))
-    args = OnlineDPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    quoted, true = defaults_on(PAGE, OnlineDPOConfig(output_dir=str(tmp_path), use_cpu=True))
     assert len(quoted) >= 7
-    assert {name: value.strip('"`') for name, value in quoted} == {name: str(getattr(args, name)) for name, _ in quoted}
+    assert quoted == true
     assert XPOConfig(output_dir=str(tmp_path), use_cpu=True).alpha == 1e-5

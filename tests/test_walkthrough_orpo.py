@@ -2,54 +2,65 @@
 
 import ast
 import difflib
+import functools
 import inspect
 import json
 import math
 import os
 import re
 import textwrap
-from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TRL_EXPERIMENTAL_SILENCE="1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import datasets
 import pytest
 import torch
-import transformers
 from datasets import Dataset
-from markdown_pages import FORMULA, fences, run_page
+from markdown_pages import fences
 from peft import LoraConfig
-from test_walkthrough_cpo import LOPSIDED, batch_of, counts, experts, measured, repeated, text, trained, words
-from test_walkthrough_dpo import ROWS, config, first_cells, save, tokenizer
-from test_walkthrough_kto import CHECKPOINTING, ERRORS, agree
-from transformers import (
-    PrinterCallback,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3ForSequenceClassification,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer, orpo_trainer
 from trl.experimental.orpo.orpo_trainer import log1mexp
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.utils import selective_log_softmax
+from walkthrough_tools import (
+    CHECKPOINTING,
+    EXAMPLES,
+    EXPECTED,
+    LOPSIDED,
+    PAGES,
+    arguments_of,
+    batch_of,
+    comparisons,
+    config,
+    counts,
+    defaults_on,
+    experts,
+    formula_names,
+    make_trainer,
+    measured,
+    metrics_on,
+    model_folder,
+    named_tests,
+    page_of,
+    prose,
+    random_pairs,
+    repeated,
+    save,
+    section_of,
+    t5,
+    text,
+    tokenizer,
+    trained,
+    words,
+)
+from walkthrough_tools import PAIRS as ROWS
 
-datasets.disable_progress_bars()
-transformers.utils.logging.disable_progress_bar()
-
-PAGE = Path(__file__).resolve().parent.parent / "annotated_trainers" / "orpo.md"
-MEASURED = PAGE.parent.parent / "annotated_examples" / "expected" / "orpo.json"
-OWN = ("peft_config", "processing_class", "eval_dataset", "model_init", "data_collator")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    return save(Qwen3ForCausalLM(Qwen3Config(**config())), tmp_path_factory.mktemp("model"))
+PAGE = PAGES / "orpo.md"
+section = functools.partial(section_of, PAGE)
+MEASURED = EXPECTED / "orpo.json"
+checkpoint = model_folder()
 
 
 @pytest.fixture(scope="module")
@@ -57,33 +68,10 @@ def make(checkpoint, tmp_path_factory):
     """Makes an ORPOTrainer; keyword arguments of ORPOTrainer go there, all others to ORPOConfig."""
 
     def make(rows=ROWS, model=None, **more) -> ORPOTrainer:
-        own = {k: more.pop(k) for k in OWN if k in more}
-        settings = {
-            "output_dir": str(tmp_path_factory.mktemp("run")),
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "per_device_train_batch_size": 2,
-            "per_device_eval_batch_size": 2,
-            "max_steps": 2,
-            "logging_steps": 1,
-            "learning_rate": 1e-3,
-            CHECKPOINTING: False,
-            "remove_unused_columns": False,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "seed": 1,
-            **more,
-        }
-        trainer = ORPOTrainer(
-            model=model if model or "model_init" in own else checkpoint,
-            args=ORPOConfig(**settings),
-            train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
-            processing_class=own.pop("processing_class", None) or tokenizer(),
-            **own,
-        )
-        trainer.remove_callback(PrinterCallback)
-        return trainer
+        model = model if model or "model_init" in more else checkpoint
+        sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "max_steps": 2}
+        more = {**sizes, "remove_unused_columns": False, **more}
+        return make_trainer(ORPOTrainer, ORPOConfig, tmp_path_factory.mktemp("run"), rows, model=model, **more)
 
     return make
 
@@ -94,32 +82,17 @@ def trainer(make):
     return make(eval_dataset=Dataset.from_list(ROWS))
 
 
-def section(title: str) -> str:
-    """The text of a `##` or `###` section of the page."""
-    found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^##? |\Z)", PAGE.read_text("utf-8"), re.M | re.S)
-    assert found, f"the page has no section {title!r}"
-    return found[2]
-
-
 def told(*sentences: str) -> bool:
     """Whether the page says all of this, wherever its lines break."""
-    page = " ".join(PAGE.read_text("utf-8").split())
+    page = prose(PAGE)
     return all(sentence in page for sentence in sentences)
 
 
 # ---------------------------------------------------------------------------- the formulas, against TRL's own methods
 
 
-@pytest.fixture(scope="module")
-def page():
-    return run_page(PAGE).namespace
-
-
-@pytest.fixture(scope="module", autouse=True)
-def summary():
-    ERRORS.clear()
-    yield
-    print(f"\n{len(ERRORS)} comparisons with TRL, largest relative error {max(ERRORS, default=0):.1e}")
+page = page_of(PAGE)
+ERRORS, agree, summary = comparisons()
 
 
 VOCABULARY = 13
@@ -132,20 +105,7 @@ def random_loss(trainer):
     def run(seed, pairs=3, beta=0.1, scale=2.0):
         dice = torch.Generator().manual_seed(seed)
 
-        def draw(low, high):
-            length = int(torch.randint(low, high, (1,), generator=dice))
-            return torch.randint(4, VOCABULARY, (length,), generator=dice).tolist()
-
-        rows = []
-        for _ in range(pairs):
-            prompt, row = draw(1, 5), {}
-            for kind in ("chosen", "rejected"):
-                answer = draw(1, 9)
-                row[f"{kind}_input_ids"] = prompt + answer
-                row[f"{kind}_labels"] = [-100] * len(prompt) + answer
-                row[f"{kind}_attention_mask"] = [1] * len(prompt + answer)
-            rows.append(row)
-        batch = trainer.data_collator(rows)
+        batch = trainer.data_collator(random_pairs(dice, pairs, VOCABULARY))
         stacked = trainer.concatenated_inputs(batch)
         ids, labels, mask = (stacked[f"concatenated_{name}"] for name in ("input_ids", "labels", "attention_mask"))
         logits = (scale * torch.randn((*ids.shape, VOCABULARY), generator=dice)).requires_grad_()
@@ -233,16 +193,7 @@ def test_the_pull_on_the_page_is_what_trl_has(page, random_loss, beta):
 
 
 def test_every_displayed_formula_has_its_function_and_is_compared_above():
-    lines = PAGE.read_text("utf-8").split("\n")
-    names = []
-    for fence in fences(PAGE):
-        if fence.lang == "math":
-            above = [line for line in lines[fence.line - 3 : fence.line - 1] if FORMULA.search(line)]
-            assert len(above) == 1, fence.where
-            names.append(FORMULA.search(above[0])[1].strip())
-            block = next(f for f in fences(PAGE) if f.line > fence.line and f.lang == "python")
-            assert f"def {names[-1].replace('-', '_')}(" in block.text
-    assert sorted(names) == ["log-odds", "orpo-loss", "orpo-nll", "orpo-pull"]
+    assert formula_names(PAGE) == ["log-odds", "orpo-loss", "orpo-nll", "orpo-pull"]
 
 
 # -------------------------------------------------------------------------------------------------- the code of CPO
@@ -304,19 +255,18 @@ def test_the_config_has_no_code_of_its_own():
 
 
 def test_the_page_lists_exactly_the_keys_that_a_run_logs(make, tmp_path):
-    model = experts(tmp_path, output_router_logits=True)
+    model = save(experts(output_router_logits=True), tmp_path)
     trainer = make(model=model, eval_dataset=Dataset.from_list(ROWS), eval_strategy="epoch")
     trainer.train()
     logged = set().union(*trainer.state.log_history)
-    listed = {cells[0].strip("`") for cells in first_cells(section("Logged metrics").split("###")[0])}
-    assert listed == logged
+    assert set(metrics_on(PAGE)) == logged
     assert trainer.aux_loss_enabled
 
 
 @pytest.mark.parametrize("on", [True, False])
 def test_the_auxiliary_loss_is_added_and_not_logged(make, tmp_path, on):
-    trainer = make(model=experts(tmp_path, output_router_logits=on, router_aux_loss_coef=0.5))
-    batch = batch_of(trainer)
+    trainer = make(model=save(experts(output_router_logits=on, router_aux_loss_coef=0.5), tmp_path))
+    batch = batch_of(trainer, range(2))
     loss, metrics = measured(trainer, batch)
     with torch.no_grad():
         outputs = trainer.concatenated_forward(trainer.model, batch)
@@ -351,7 +301,7 @@ def test_rewards_are_beta_times_the_mean_and_have_no_odds_in_them(random_loss):
 
 def test_a_pair_of_equal_answers_counts_as_wrong_and_costs_beta_log_2(make):
     trainer = make([text("1+2", "3", "3")] * 2)
-    loss, metrics = measured(trainer, batch_of(trainer))
+    loss, metrics = measured(trainer, batch_of(trainer, range(2)))
     assert metrics["rewards/accuracies"] == 0
     assert loss - metrics["nll_loss"] == pytest.approx(0.1 * math.log(2), abs=1e-6)
     assert told("$\\beta \\log 2$, which is 0.0693 with the default")
@@ -394,7 +344,7 @@ def test_the_mean_logits_leave_out_the_last_position_only(random_loss):
 
 
 def test_eleven_numbers_are_fetched_for_every_micro_batch(trainer):
-    assert len(measured(trainer, batch_of(trainer))[1]) == 11
+    assert len(measured(trainer, batch_of(trainer, range(2)))[1]) == 11
     assert told("Eleven numbers are fetched from the device")
 
 
@@ -420,7 +370,7 @@ def test_one_model_in_training_has_sixteen_bytes_a_parameter(make):
 
 def test_the_sft_term_covers_prompt_and_chosen_answer(make):
     trainer = make([text("1+2", "3", "4"), text("7+1+1", "9", "8 or 9")])
-    batch = batch_of(trainer)
+    batch = batch_of(trainer, range(2))
     _, metrics = measured(trainer, batch)
     ids, mask = batch["chosen_input_ids"], batch["chosen_attention_mask"]
     with torch.no_grad():
@@ -584,9 +534,9 @@ def test_a_certain_answer_fills_the_model_with_nan(make, answer):
 @pytest.mark.parametrize("answer", ["chosen", "rejected"])
 def test_the_subclass_of_the_page_survives_a_certain_answer(make, page, monkeypatch, answer):
     trainer, plain = make(CERTAIN, max_steps=1), make(CERTAIN)
-    expected = measured(plain, batch_of(plain))
+    expected = measured(plain, batch_of(plain, range(2)))
     monkeypatch.setattr(trainer, "__class__", page["SafeORPOTrainer"])
-    assert measured(trainer, batch_of(trainer)) == expected  # the same as TRL's for any other pair
+    assert measured(trainer, batch_of(trainer, range(2))) == expected  # the same as TRL's for any other pair
     for value in (0.0, -1e-12, -1e-8, -1e-6):
         pair = {name: torch.tensor([-1.0], requires_grad=True) for name in ("chosen", "rejected")}
         pair[answer] = torch.tensor([value], requires_grad=True)
@@ -658,7 +608,7 @@ def test_the_first_token_of_the_prompt_counts_only_behind_a_bos(make):
 
 def test_a_pad_token_equal_to_eos_does_no_harm(make):
     one, two = make(), make(processing_class=tokenizer(pad="<|end|>"))
-    assert measured(one, batch_of(one))[0] == pytest.approx(measured(two, batch_of(two))[0])
+    assert measured(one, batch_of(one, range(2)))[0] == pytest.approx(measured(two, batch_of(two, range(2)))[0])
     assert words(two, "chosen_labels")[-1] == "<|end|>"
 
 
@@ -696,9 +646,12 @@ def test_a_collator_of_ones_own_earns_a_warning_for_every_batch(make, caplog):
 def test_padding_value_changes_nothing_but_the_mean_logits(make, padding_value):
     rows = [text("1", "2", "3 and more"), text("1", "2", "3")]  # the chosen half has to be filled up
     trainer = make(rows, padding_value=padding_value)
-    stacked = trainer.concatenated_inputs(batch_of(trainer), padding_value=trainer.padding_value)
+    stacked = trainer.concatenated_inputs(batch_of(trainer, range(2)), padding_value=trainer.padding_value)
     assert stacked["concatenated_input_ids"][0, -1] == (padding_value or 0)
-    (loss, metrics), (expected, plain) = measured(trainer, batch_of(trainer)), measured(make(rows), batch_of(trainer))
+    (loss, metrics), (expected, plain) = (
+        measured(trainer, batch_of(trainer, range(2))),
+        measured(make(rows), batch_of(trainer, range(2))),
+    )
     assert loss == pytest.approx(expected, rel=1e-6)
     changed = {name for name in metrics if metrics[name] != pytest.approx(plain[name], rel=1e-6)}
     assert changed == ({"logits/chosen"} if padding_value else set())  # its mean runs over the padding
@@ -714,7 +667,7 @@ def test_a_missing_pad_token_fails_at_the_first_batch(make, padding_value):
         trainer.train()
 
 
-def test_with_xla_rows_are_filled_up_to_max_length(make, t5, monkeypatch):
+def test_with_xla_rows_are_filled_up_to_max_length(make, monkeypatch):
     monkeypatch.setattr(orpo_trainer, "is_torch_xla_available", lambda: True)
     trainer = make(max_length=40)
     row = trainer.train_dataset[0]
@@ -722,7 +675,7 @@ def test_with_xla_rows_are_filled_up_to_max_length(make, t5, monkeypatch):
     assert lengths == {40}
     assert words(trainer, "prompt_input_ids")[0] == "<|user|>"
     assert words(trainer, "prompt_input_ids")[-1] == "<|pad|>"  # on the right
-    row = make(model=t5, max_length=40).train_dataset[0]
+    row = make(model=t5(), max_length=40).train_dataset[0]
     for name in ("prompt_input_ids", "prompt_attention_mask", "chosen_labels"):
         assert row[name][-1] == -100
 
@@ -774,17 +727,10 @@ def test_a_trainer_without_args_fails(checkpoint):
         ORPOTrainer(checkpoint, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer())
 
 
-@pytest.fixture
-def t5():
-    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
-    special = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
-    return T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer()), **sizes, **special))
-
-
-def test_the_sft_term_of_a_t5_covers_the_answer_only(make, t5):
+def test_the_sft_term_of_a_t5_covers_the_answer_only(make):
     rows = [text("1+2", "3", "4"), text("7+1", "8", "9")]  # one chosen token each: T5's tokenizer here adds no end
-    trainer = make(rows, model=t5)
-    _, metrics = measured(trainer, batch_of(trainer))
+    trainer = make(rows, model=t5())
+    _, metrics = measured(trainer, batch_of(trainer, range(2)))
     assert metrics["nll_loss"] == pytest.approx(-metrics["logps/chosen"], rel=1e-5)
     assert len(trained(trainer)) == 2
 
@@ -836,21 +782,21 @@ def test_sft_leaves_the_prompt_out_by_default(checkpoint, tmp_path):
 
 
 def test_the_toy_run_has_the_settings_that_the_page_names():
-    script = (MEASURED.parents[1] / "orpo.py").read_text("utf-8")
+    script = (EXAMPLES / "orpo.py").read_text("utf-8")
     toy = script[script.index("TOY = {") : script.index("REAL = {")]
     assert '"beta": 10.0' in toy
     assert '"max_steps": 60' in toy
 
 
 def test_every_test_that_the_page_names_exists():
-    named = set(re.findall(r"\btest_\w+", PAGE.read_text("utf-8"))) - {Path(__file__).stem}
+    named = named_tests(PAGE)
     assert named
     assert named <= set(globals())
 
 
 def test_the_arguments_that_the_page_calls_gone_are_gone():
     section_text = section("Older code and tutorials")
-    here = {*ORPOConfig.__dataclass_fields__, *inspect.signature(ORPOTrainer.__init__).parameters}
+    here = arguments_of(ORPOTrainer, ORPOConfig)
     for name in ("max_prompt_length", "truncation_mode", "label_pad_token_id"):
         assert f"`{name}`" in section_text
         assert name not in here
@@ -859,7 +805,6 @@ def test_the_arguments_that_the_page_calls_gone_are_gone():
 
 
 def test_the_defaults_that_the_page_quotes_are_those_of_the_config(tmp_path):
-    quoted = re.findall(r"`(\w+)`\s\(default\s([^;,)]+)", PAGE.read_text("utf-8"))
-    args = ORPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    quoted, true = defaults_on(PAGE, ORPOConfig(output_dir=str(tmp_path), use_cpu=True))
     assert len(quoted) >= 5
-    assert {name: value.strip('"`') for name, value in quoted} == {name: str(getattr(args, name)) for name, _ in quoted}
+    assert quoted == true

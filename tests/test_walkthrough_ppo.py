@@ -1,6 +1,7 @@
 """The claims of annotated_trainers/ppo.md that running TRL can show, on random models of two layers, on the CPU."""
 
 import copy
+import functools
 import inspect
 import json
 import math
@@ -12,38 +13,40 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TRL_EXPERIMENTAL_SILENCE="1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import datasets
 import numpy as np
 import pytest
 import torch
-import transformers
 from datasets import Dataset
-from markdown_pages import FORMULA, fences, run_page
+from markdown_pages import fences
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_walkthrough_dpo import config, first_cells, tokenizer
-from transformers import (
-    PrinterCallback,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3ForSequenceClassification,
-    TrainerCallback,
-)
+from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification, TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 from trl.experimental.utils import get_reward
 from trl_source import pinned_version
+from walkthrough_tools import (
+    CHECKPOINTING,
+    EXAMPLES,
+    EXPECTED,
+    PAGES,
+    arguments_of,
+    comparisons,
+    config,
+    defaults_on,
+    first_cells,
+    formula_names,
+    metrics_on,
+    named_tests,
+    page_of,
+    section_of,
+    tokenizer,
+)
 
-datasets.disable_progress_bars()
-transformers.utils.logging.disable_progress_bar()
-
-PAGE = Path(__file__).resolve().parent.parent / "annotated_trainers" / "ppo.md"
-MEASURED = PAGE.parent.parent / "annotated_examples" / "expected" / "ppo.json"
-CHECKPOINTING = "activation_checkpointing"  # its name since transformers 5.20
-if CHECKPOINTING not in PPOConfig.__dataclass_fields__:
-    CHECKPOINTING = "gradient_checkpointing"
+PAGE = PAGES / "ppo.md"
+section = functools.partial(section_of, PAGE)
+MEASURED = EXPECTED / "ppo.json"
 PAD, EOS, USER = 0, 1, 2
 
 
@@ -71,10 +74,11 @@ def left(**more):
     return made
 
 
+@functools.cache
 def prompts(count=8) -> Dataset:
     """Token ids of two lengths."""
     texts = [f"{i % 10}+{i // 10}" + ("+1" if i % 2 else "") for i in range(count)]
-    return Dataset.from_list([{"input_ids": [USER, *left()(text)["input_ids"]]} for text in texts])
+    return Dataset.from_list([{"input_ids": [USER, *ids]} for ids in left()(texts)["input_ids"]])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,17 +94,11 @@ def make(tmp_path_factory):
     """Makes a PPOTrainer; keyword arguments of PPOTrainer go there, all others to PPOConfig."""
 
     def make(**more) -> PPOTrainer:
-        own = {
-            "model": policy(),
-            "ref_model": None,
-            "reward_model": judge(1),
-            "value_model": judge(2),
-            "train_dataset": prompts(),
-            "processing_class": left(),
-        }
-        for name in (*own, "peft_config", "eval_dataset", "callbacks"):
-            if name in more:
-                own[name] = more.pop(name)
+        judges = {"reward_model": lambda: judge(1), "value_model": lambda: judge(2)}
+        parts = {"model": policy, **judges, "train_dataset": prompts, "processing_class": left}
+        own = {name: more.pop(name) if name in more else part() for name, part in parts.items()}
+        own["ref_model"] = more.pop("ref_model", None)
+        own |= {name: more.pop(name) for name in ("peft_config", "eval_dataset", "callbacks") if name in more}
         settings = {
             "output_dir": str(tmp_path_factory.mktemp("run")),
             "use_cpu": True,
@@ -149,26 +147,10 @@ def watched(trainer: PPOTrainer, backward=None) -> list[SimpleNamespace]:
     return seen
 
 
-def section(title: str) -> str:
-    """The text of a `##` or `###` section of the page."""
-    found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^##? |\Z)", PAGE.read_text("utf-8"), re.M | re.S)
-    assert found, f"the page has no section {title!r}"
-    return found[2]
-
-
-def prose() -> str:
-    """The page with white space made single."""
-    return " ".join(PAGE.read_text("utf-8").split())
-
-
 # ---------------------------------------------------------------------------- the formulas, against TRL's own `train`
 
 
-@pytest.fixture(scope="module")
-def page():
-    return run_page(PAGE).namespace
-
-
+page = page_of(PAGE)
 VOCABULARY, WIDTH = 13, 7
 
 
@@ -231,20 +213,7 @@ def random_round(make, monkeypatch):
     return run
 
 
-ERRORS: list[float] = []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def summary():
-    yield
-    print(f"\n{len(ERRORS)} comparisons with TRL, largest relative error {max(ERRORS, default=0):.1e}")
-
-
-def agree(ours, theirs) -> None:
-    ours, theirs = torch.as_tensor(ours).detach(), torch.as_tensor(theirs).detach()
-    error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
-    ERRORS.append(error)
-    assert error < 1e-5
+ERRORS, agree, summary = comparisons()
 
 
 def logps_of(logits, responses):
@@ -364,16 +333,7 @@ def test_every_displayed_formula_has_its_function_and_is_compared_above():
         "ppo-value-loss",
         "ppo-kl-estimate",
     }
-    lines = PAGE.read_text("utf-8").split("\n")
-    names = []
-    for fence in fences(PAGE):
-        if fence.lang == "math":
-            above = [line for line in lines[fence.line - 3 : fence.line - 1] if FORMULA.search(line)]
-            assert len(above) == 1, fence.where
-            names.append(FORMULA.search(above[0])[1].strip())
-            block = next(f for f in fences(PAGE) if f.line > fence.line and f.lang == "python")
-            assert f"def {names[-1].replace('-', '_')}(" in block.text
-    assert sorted(names) == sorted(known)
+    assert formula_names(PAGE) == sorted(known)
 
 
 def test_k3_in_the_reward_does_not_push_back_to_the_reference(page):
@@ -405,8 +365,7 @@ def logged(make):
 
 def test_the_page_lists_exactly_the_keys_that_a_run_logs(logged):
     keys = set().union(*logged[0].state.log_history)
-    listed = {cells[0].strip("`") for cells in first_cells(section("Logged metrics").split("###")[0])}
-    assert listed == keys
+    assert set(metrics_on(PAGE)) == keys
 
 
 def test_every_metric_is_what_the_table_says(logged):
@@ -550,7 +509,7 @@ def test_the_toy_run_is_as_the_page_says():
     assert measured["log"]["loss/value_avg"]["mean"][-1] < 2
     assert max(measured["log"]["objective/kl"]["max"]) < 1
     assert measured["log"]["objective/entropy"]["mean"][-1] < measured["log"]["objective/entropy"]["mean"][0] / 3
-    script = (MEASURED.parents[1] / "ppo.py").read_text("utf-8")
+    script = (EXAMPLES / "ppo.py").read_text("utf-8")
     for setting in ('"kl_coef": 1.0', '"cliprange_value": 100.0', '"num_ppo_epochs": 2', '"num_mini_batches": 4'):
         assert setting in script  # eight optimizer steps a round
 
@@ -1266,12 +1225,12 @@ def test_the_group_baselines_on_the_page_are_those_of_the_page_about_grpo(page):
 
 
 def test_the_settings_of_rloo_that_the_page_names_exist():
-    fields = {*RLOOConfig.__dataclass_fields__, *inspect.signature(RLOOTrainer.__init__).parameters}
+    fields = arguments_of(RLOOTrainer, RLOOConfig)
     for cells in first_cells(section(f"After TRL {pinned_version()}")):
         for name in re.findall(r"`(\w+)`", cells[1]):
             assert name in fields or name in {"prompt", "RLOOConfig", "RLOOTrainer", "model"}, name
         for name in re.findall(r"`(\w+)`", cells[0]):
-            known = {*PPOConfig.__dataclass_fields__, *inspect.signature(PPOTrainer.__init__).parameters}
+            known = arguments_of(PPOTrainer, PPOConfig)
             assert name in known or name in {"input_ids", "PPOConfig", "PPOTrainer"}, name
     assert RLOOConfig(output_dir="x", use_cpu=True, bf16=False).beta > 0
 
@@ -1280,14 +1239,14 @@ def test_the_settings_of_rloo_that_the_page_names_exist():
 
 
 def test_every_test_that_the_page_names_exists():
-    named = set(re.findall(r"\btest_\w+", PAGE.read_text("utf-8"))) - {Path(__file__).stem}
+    named = named_tests(PAGE)
     assert len(named) > 40
     assert named <= set(globals())
 
 
 def test_the_arguments_that_the_page_calls_gone_are_gone():
     text = section("Older code and tutorials")
-    here = {*PPOConfig.__dataclass_fields__, *inspect.signature(PPOTrainer.__init__).parameters}
+    here = arguments_of(PPOTrainer, PPOConfig)
     for name in ("config", "tokenizer", "policy", "ref_policy"):
         assert f"`{name}=`" in text
         assert name not in here
@@ -1297,10 +1256,9 @@ def test_the_arguments_that_the_page_calls_gone_are_gone():
 
 
 def test_the_defaults_that_the_page_quotes_are_those_of_the_config(tmp_path):
-    quoted = re.findall(r"`(\w+)` \(default ([^)]+)\)", PAGE.read_text("utf-8"))
-    args = PPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    quoted, true = defaults_on(PAGE, PPOConfig(output_dir=str(tmp_path), use_cpu=True))
     assert len(quoted) >= 8
-    assert {name: value.strip('"`') for name, value in quoted} == {name: str(getattr(args, name)) for name, _ in quoted}
+    assert quoted == true
 
 
 def test_the_defaults_in_the_table_of_rounds_are_those_of_the_config(tmp_path):

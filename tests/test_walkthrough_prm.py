@@ -1,5 +1,6 @@
 """The claims of annotated_trainers/prm.md that running TRL can show, on a random model of two layers, on the CPU."""
 
+import functools
 import inspect
 import json
 import math
@@ -8,7 +9,6 @@ import re
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TRL_EXPERIMENTAL_SILENCE="1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datasets
 import numpy as np
@@ -17,9 +17,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
-from markdown_pages import FORMULA, fences, run_page
 from peft import LoraConfig, get_peft_model
-from test_walkthrough_dpo import config, first_cells, tokenizer
 from torch.utils.data import RandomSampler
 from transformers import (
     DataCollatorForTokenClassification,
@@ -34,16 +32,30 @@ from transformers import (
 from trl import ModelConfig, RewardConfig, RewardTrainer
 from trl.experimental.prm import PRMConfig, PRMTrainer
 from trl.experimental.prm.prm_trainer import compute_accuracy
+from walkthrough_tools import (
+    CHECKPOINTING,
+    EXAMPLES,
+    EXPECTED,
+    LOG2,
+    PAGES,
+    batch_of,
+    comparisons,
+    config,
+    defaults_on,
+    formula_names,
+    make_trainer,
+    metrics_on,
+    named_tests,
+    page_of,
+    prose,
+    section_of,
+    tokenizer,
+    trained,
+)
 
-datasets.disable_progress_bars()
-transformers.utils.logging.disable_progress_bar()
-
-PAGE = Path(__file__).resolve().parent.parent / "annotated_trainers" / "prm.md"
-MEASURED = PAGE.parent.parent / "annotated_examples" / "expected" / "prm.json"
-CHECKPOINTING = "activation_checkpointing"  # its name since transformers 5.20
-if CHECKPOINTING not in PRMConfig.__dataclass_fields__:
-    CHECKPOINTING = "gradient_checkpointing"
-LOG2 = math.log(2)
+PAGE = PAGES / "prm.md"
+section = functools.partial(section_of, PAGE)
+MEASURED = EXPECTED / "prm.json"
 
 
 def row(prompt: str, steps, labels) -> dict:
@@ -70,48 +82,12 @@ def make(tmp_path):
     """Makes a PRMTrainer; keyword arguments of PRMTrainer go there, all others to PRMConfig."""
 
     def make(rows=ROWS, **more) -> PRMTrainer:
-        names = ("model", "peft_config", "processing_class", "eval_dataset", "preprocess_logits_for_metrics")
-        own = {name: more.pop(name) for name in names if name in more}
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "per_device_train_batch_size": 4,
-            "per_device_eval_batch_size": 4,
-            "max_steps": 1,
-            "logging_steps": 1,
-            "learning_rate": 1e-3,
-            "step_separator": " ",
-            CHECKPOINTING: False,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "seed": 1,
-            **more,
-        }
-        if isinstance(own.get("eval_dataset"), list):
-            own["eval_dataset"] = Dataset.from_list(own["eval_dataset"])
-        trainer = PRMTrainer(
-            model=own.pop("model", None) or model(),
-            args=PRMConfig(**settings),
-            train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
-            processing_class=own.pop("processing_class", None) or tokenizer(),
-            **own,
-        )
-        trainer.remove_callback(PrinterCallback)
-        return trainer
+        sizes = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "max_steps": 1}
+        more = {**sizes, "step_separator": " ", **more}
+        own = more.pop("model", None) or model()
+        return make_trainer(PRMTrainer, PRMConfig, tmp_path / "run", rows, model=own, **more)
 
     return make
-
-
-def trained(trainer: PRMTrainer) -> list[dict]:
-    """Trains, and returns the log lines of the training steps."""
-    trainer.train()
-    return [line for line in trainer.state.log_history if "loss" in line]
-
-
-def batch_of(trainer: PRMTrainer, rows=range(4)) -> dict:
-    return trainer.data_collator([trainer.train_dataset[i] for i in rows])
 
 
 def places(labels) -> list[int]:
@@ -129,39 +105,11 @@ def tokenized(features: dict, tokens=None, **more) -> dict:
     return PRMTrainer.tokenize_row(features, tokens or tokenizer(), **settings)
 
 
-def section(title: str) -> str:
-    """The text of a `##` or `###` section of the page."""
-    found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^##? |\Z)", PAGE.read_text("utf-8"), re.M | re.S)
-    assert found, f"the page has no section {title!r}"
-    return found[2]
-
-
-def prose() -> str:
-    return " ".join(PAGE.read_text("utf-8").split())
-
-
 # ---------------------------------------------------------------------------- the formulas, against TRL's own methods
 
 
-@pytest.fixture(scope="module")
-def page():
-    return run_page(PAGE).namespace
-
-
-ERRORS: list[float] = []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def summary():
-    yield
-    print(f"\n{len(ERRORS)} comparisons with TRL, largest relative error {max(ERRORS, default=0):.1e}")
-
-
-def agree(ours, theirs) -> None:
-    ours, theirs = torch.as_tensor(ours).detach().double(), torch.as_tensor(theirs).detach().double()
-    error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
-    ERRORS.append(error)
-    assert error < 1e-5
+page = page_of(PAGE)
+ERRORS, agree, summary = comparisons()
 
 
 def random_rows(seed: int, steps: tuple[int, ...]) -> list[dict]:
@@ -229,9 +177,9 @@ def test_the_probability_on_the_page_is_what_trl_has(page, random_loss, monkeypa
     """The loss of a row with one right step is -log of the step's probability."""
     monkeypatch.setitem(globals(), "random_rows", lambda *_: [row("12", ["34"], [True])])
     labels, logits, loss, gradient = random_loss(seed, (1,))
-    ours = page["step_probability"](logits)[labels != -100]
+    (ours,) = page["step_probability"](logits)[labels != -100]
     agree(ours, loss.exp() ** -1)
-    agree(torch.autograd.grad(-ours.log().sum(), logits)[0], gradient)
+    agree(torch.autograd.grad(-ours.log(), logits)[0], gradient)
 
 
 def test_the_accuracy_on_the_page_is_what_trl_computes(page):
@@ -274,16 +222,7 @@ def test_the_accumulated_loss_on_the_page_is_what_a_run_of_trl_makes(page, make,
 
 def test_every_displayed_formula_has_its_function_and_is_compared_above():
     known = {"step-probability", "step-label-loss", "step-label-slope", "prm-accumulated-loss", "step-accuracy"}
-    lines = PAGE.read_text("utf-8").split("\n")
-    names = []
-    for fence in fences(PAGE):
-        if fence.lang == "math":
-            above = [line for line in lines[fence.line - 3 : fence.line - 1] if FORMULA.search(line)]
-            assert len(above) == 1, fence.where
-            names.append(FORMULA.search(above[0])[1].strip())
-            block = next(f for f in fences(PAGE) if f.line > fence.line and f.lang == "python")
-            assert f"def {names[-1].replace('-', '_')}(" in block.text
-    assert sorted(names) == sorted(known)
+    assert formula_names(PAGE) == sorted(known)
 
 
 # ------------------------------------------------------------------------------------------------------- what is logged
@@ -293,8 +232,7 @@ def test_the_page_lists_exactly_the_keys_that_a_run_logs(make):
     trainer = make(eval_dataset=ROWS, eval_strategy="epoch")
     trainer.train()
     logged = set().union(*trainer.state.log_history)
-    listed = {cells[0].strip("`") for cells in first_cells(section("Logged metrics").split("###")[0])}
-    assert listed == logged
+    assert set(metrics_on(PAGE)) == logged
 
 
 def test_the_first_loss_is_near_log_2(make):
@@ -302,12 +240,12 @@ def test_the_first_loss_is_near_log_2(make):
     assert trained(make(rows, per_device_train_batch_size=8))[0]["loss"] == pytest.approx(LOG2, abs=0.03)
     quarter = trained(make(rows, per_device_train_batch_size=2, gradient_accumulation_steps=4))[0]["loss"]
     assert quarter == pytest.approx(4 * LOG2, abs=0.12)
-    assert f"Four accumulation steps make {4 * LOG2:.1f} of it" in prose()
+    assert f"Four accumulation steps make {4 * LOG2:.1f} of it" in prose(PAGE)
 
 
 def test_the_first_loss_of_the_toy_run_is_near_log_2():
     before = json.loads(MEASURED.read_text("utf-8"))["held_out"]["loss"]["before"]
-    low, high = re.search(r"it lies between (0\.\d+) and (0\.\d+) over (?:five) seeds", prose()).groups()
+    low, high = re.search(r"it lies between (0\.\d+) and (0\.\d+) over (?:five) seeds", prose(PAGE)).groups()
     assert len(before) == 5
     assert float(low) < min(before) < LOG2 < max(before) < float(high)
     assert max(before) - min(before) > 0.06
@@ -327,7 +265,7 @@ def test_saying_right_to_everything_has_the_accuracy_on_the_page(page):
 
 
 def test_the_toy_labels_are_false_behind_the_first_mistake():
-    folder = MEASURED.parents[1] / "toy/data/stepwise_supervision"
+    folder = EXAMPLES / "toy/data/stepwise_supervision"
     for split in ("train", "test"):
         for labels in datasets.load_dataset(str(folder), split=split)["labels"]:
             assert labels == sorted(labels, reverse=True)
@@ -407,7 +345,7 @@ def test_one_line_mends_the_accumulation(make):
     for key in ("loss", "grad_norm"):
         assert mended[key] == pytest.approx(at_once[key], rel=1e-4)
     line = "trainer.model_accepts_loss_kwargs = False"
-    assert f"`{line}`" in prose()
+    assert f"`{line}`" in prose(PAGE)
     assert line in MEASURED.parents[1].joinpath("prm.py").read_text("utf-8")
 
 
@@ -454,7 +392,7 @@ def test_labels_beyond_the_classes_stop_the_first_step(make, label):
     trainer = make([{**ROWS[0], "labels": [1, 0, label]}] * 4)
     with pytest.raises(IndexError, match=f"Target {label} is out of bounds"):
         trainer.train()
-    assert "Target 2 is out of bounds" in prose()
+    assert "Target 2 is out of bounds" in prose(PAGE)
 
 
 def test_a_third_class_needs_a_head_of_three(make):
@@ -842,7 +780,7 @@ def test_the_helper_for_adapters_is_shared():
 
 
 def test_the_arguments_that_the_page_calls_gone_are_gone():
-    assert "`max_prompt_length` is gone" in prose()
+    assert "`max_prompt_length` is gone" in prose(PAGE)
     assert "max_prompt_length" not in PRMConfig.__dataclass_fields__
     assert not hasattr(trl, "PRMTrainer")
 
@@ -854,14 +792,12 @@ def test_the_script_trains_on_the_data_that_the_page_names():
 
 
 def test_every_test_that_the_page_names_exists():
-    named = set(re.findall(r"\btest_\w+", PAGE.read_text("utf-8"))) - {Path(__file__).stem}
+    named = named_tests(PAGE)
     assert len(named) > 30
     assert named <= set(globals())
 
 
 def test_the_defaults_that_the_page_quotes_are_those_of_the_config(tmp_path):
-    quoted = re.findall(r"`(\w+)` \(default ([^)]+)\)", PAGE.read_text("utf-8"))
-    args = PRMConfig(output_dir=str(tmp_path), use_cpu=True)
+    quoted, true = defaults_on(PAGE, PRMConfig(output_dir=str(tmp_path), use_cpu=True))
     assert len(quoted) >= 7
-    for name, value in quoted:
-        assert value.strip('"`') == str(getattr(args, name)).replace("\n", r"\n"), name
+    assert quoted == true

@@ -1,5 +1,6 @@
 """The claims of annotated_trainers/reward.md that running TRL can show, on a random model of two layers, on the CPU."""
 
+import functools
 import inspect
 import io
 import json
@@ -11,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TRL_EXPERIMENTAL_SILENCE="1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datasets
 import pytest
@@ -19,16 +19,12 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
-from markdown_pages import FORMULA, fences, run_page
 from peft import LoraConfig, PeftModel
-from test_walkthrough_dpo import LOG2, ROWS, config, first_cells, save, tokenizer
-from test_walkthrough_kto import CHECKPOINTING
 from transformers import (
     AutoModelForSequenceClassification,
     Gemma3Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
-    PrinterCallback,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3ForSequenceClassification,
@@ -37,24 +33,39 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from trl import DPOTrainer, GRPOTrainer, RewardConfig, RewardTrainer
 from trl.experimental.utils import get_reward
 from trl.trainer import reward_trainer
+from walkthrough_tools import (
+    CHECKPOINTING,
+    EXAMPLES,
+    EXPECTED,
+    LOG2,
+    PAGES,
+    batch_of,
+    comparisons,
+    config,
+    defaults_on,
+    formula_names,
+    functions_of,
+    made_and_trained,
+    make_trainer,
+    metrics_on,
+    model_folder,
+    named_tests,
+    page_of,
+    prose,
+    save,
+    section_of,
+    tokenizer,
+    trained,
+)
+from walkthrough_tools import PAIRS as ROWS
 
-datasets.disable_progress_bars()
-transformers.utils.logging.disable_progress_bar()
-
-PAGE = Path(__file__).resolve().parent.parent / "annotated_trainers" / "reward.md"
-MEASURED = PAGE.parent.parent / "annotated_examples" / "expected" / "reward.json"
+PAGE = PAGES / "reward.md"
+section = functools.partial(section_of, PAGE)
+MEASURED = EXPECTED / "reward.json"
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 SAME = [{**row, "rejected": row["chosen"]} for row in ROWS]
 TEXT = [{"prompt": "1+2=", "chosen": str(i), "rejected": f"{i}{i}"} for i in range(4)]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    return save(Qwen3ForCausalLM(Qwen3Config(**config())), tmp_path_factory.mktemp("model"))
-
-
-OWN = ("peft_config", "processing_class", "eval_dataset", "compute_metrics")
+checkpoint = model_folder()
 
 
 @pytest.fixture(scope="module")
@@ -62,54 +73,14 @@ def make(checkpoint, tmp_path_factory):
     """Makes a RewardTrainer; keyword arguments of RewardTrainer go there, all others to RewardConfig."""
 
     def make(rows=ROWS, model=None, **more) -> RewardTrainer:
-        own = {name: more.pop(name) for name in OWN if name in more}
-        if isinstance(own.get("eval_dataset"), list):
-            own["eval_dataset"] = Dataset.from_list(own["eval_dataset"])
-        settings = {
-            "output_dir": str(tmp_path_factory.mktemp("run")),
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "per_device_train_batch_size": 4,
-            "per_device_eval_batch_size": 4,
-            "max_steps": 2,
-            "logging_steps": 1,
-            "learning_rate": 1e-3,
-            CHECKPOINTING: False,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "seed": 1,
-            **more,
-        }
-        trainer = RewardTrainer(
-            model=model or checkpoint,
-            args=RewardConfig(**settings),
-            train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
-            processing_class=own.pop("processing_class", None) or tokenizer(),
-            **own,
-        )
-        trainer.remove_callback(PrinterCallback)
-        return trainer
+        more = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "max_steps": 2, **more}
+        folder = tmp_path_factory.mktemp("run")
+        return make_trainer(RewardTrainer, RewardConfig, folder, rows, model=model or checkpoint, **more)
 
     return make
 
 
-@pytest.fixture(scope="module")
-def trained_once(make):
-    """A trainer after two steps, with its log, for the tests that only look."""
-    trainer = make(eval_dataset=ROWS, eval_strategy="epoch")
-    trainer.train()
-    return trainer
-
-
-def trained(trainer: RewardTrainer) -> list[dict]:
-    """Trains, and returns the log lines of the training steps."""
-    trainer.train()
-    return [line for line in trainer.state.log_history if "loss" in line]
-
-
-def batch_of(trainer: RewardTrainer, rows=range(4)) -> dict:
-    return trainer.data_collator([trainer.train_dataset[i] for i in rows])
+trained_once = made_and_trained(eval_dataset=ROWS, eval_strategy="epoch")
 
 
 def scores_of(trainer: RewardTrainer, batch: dict) -> torch.Tensor:
@@ -123,40 +94,11 @@ def texts(trainer: RewardTrainer, column: str = "chosen_ids") -> list[str]:
     return [trainer.processing_class.decode(ids) for ids in trainer.train_dataset[column]]
 
 
-def section(title: str) -> str:
-    """The text of a `##` or `###` section of the page."""
-    found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^##? |\Z)", PAGE.read_text("utf-8"), re.M | re.S)
-    assert found, f"the page has no section {title!r}"
-    return found[2]
-
-
-def prose() -> str:
-    return " ".join(PAGE.read_text("utf-8").split())
-
-
 # ---------------------------------------------------------------------------- the formulas, against TRL's own methods
 
 
-@pytest.fixture(scope="module")
-def page():
-    return run_page(PAGE).namespace
-
-
-ERRORS: list[float] = []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def summary():
-    yield
-    print(f"\n{len(ERRORS)} comparisons with TRL, largest relative error {max(ERRORS, default=0):.1e}")
-
-
-def agree(ours, theirs) -> None:
-    ours, theirs = torch.as_tensor(ours).detach(), torch.as_tensor(theirs).detach()
-    assert ours.shape == theirs.shape
-    error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
-    ERRORS.append(error)
-    assert error < 1e-5
+page = page_of(PAGE)
+ERRORS, agree, summary = comparisons()
 
 
 @pytest.fixture(scope="module")
@@ -224,16 +166,7 @@ def test_the_score_on_the_page_is_the_one_that_trl_compares(page, make, seed):
 
 def test_every_displayed_formula_has_its_function_and_is_compared_above():
     known = {"pairwise-reward-loss", "pairwise-reward-slope", "last-token-score"}
-    lines = PAGE.read_text("utf-8").split("\n")
-    names = []
-    for fence in fences(PAGE):
-        if fence.lang == "math":
-            above = [line for line in lines[fence.line - 3 : fence.line - 1] if FORMULA.search(line)]
-            assert len(above) == 1, fence.where
-            names.append(FORMULA.search(above[0])[1].strip())
-            block = next(f for f in fences(PAGE) if f.line > fence.line and f.lang == "python")
-            assert f"def {names[-1].replace('-', '_')}(" in block.text
-    assert sorted(names) == sorted(known)
+    assert formula_names(PAGE) == sorted(known)
 
 
 def test_a_pair_in_the_wrong_order_pulls_with_a_force_of_at_most_1(trls_loss):
@@ -247,8 +180,7 @@ def test_a_pair_in_the_wrong_order_pulls_with_a_force_of_at_most_1(trls_loss):
 
 def test_the_page_lists_exactly_the_keys_that_a_run_logs(trained_once):
     logged = set().union(*trained_once.state.log_history)
-    listed = {cells[0].strip("`") for cells in first_cells(section("Logged metrics").split("###")[0])}
-    assert listed == logged
+    assert set(metrics_on(PAGE)) == logged
 
 
 def test_the_first_loss_is_near_log_2_and_its_distance_is_that_of_the_formula(make, trls_loss):
@@ -269,7 +201,7 @@ def test_the_first_loss_is_near_log_2_and_its_distance_is_that_of_the_formula(ma
 def test_the_first_loss_of_the_toy_run_is_near_log_2():
     first = json.loads(MEASURED.read_text("utf-8"))["held_out"]["loss"]["before"]
     assert (round(min(first), 3), round(max(first), 3)) == (0.683, 0.706)
-    assert "it begins between 0.683 and 0.706" in prose()
+    assert "it begins between 0.683 and 0.706" in prose(PAGE)
 
 
 @pytest.mark.parametrize("margin", [0.0, 1.0, 3.0, 10.0])
@@ -1014,9 +946,7 @@ def test_prm_on_the_page_is_what_trl_computes(page, checkpoint, tmp_path):
 
 
 def test_the_implied_reward_of_the_page_is_that_of_dpo(page):
-    theirs = {}
-    block = next(fence for fence in fences(PAGE.with_name("dpo.md")) if fence.lang == "python")
-    exec(block.text, theirs)
+    theirs = functions_of(PAGES / "dpo.md", "dpo_loss")
     shares = page["shares"].sum(1)
     chosen, rejected = shares.chunk(2)
     policy, reference = (page["logps"][name].sum(1).chunk(2) for name in ("teacher", "policy"))
@@ -1045,7 +975,7 @@ def test_what_this_page_leaves_to_the_page_about_dpo_is_the_same_code():
 
 
 def test_the_toy_run_has_the_settings_that_the_page_names():
-    script = (MEASURED.parents[1] / "reward.py").read_text("utf-8")
+    script = (EXAMPLES / "reward.py").read_text("utf-8")
     for setting in (
         '"new_layers": 1',
         '"system_message": "mark"',
@@ -1053,13 +983,13 @@ def test_the_toy_run_has_the_settings_that_the_page_names():
         '"learning_rate": 2e-4',
     ):
         assert setting in script
-    rows = datasets.load_dataset(str(MEASURED.parents[1] / "toy/data/preference"), split="test")
+    rows = datasets.load_dataset(str(EXAMPLES / "toy/data/preference"), split="test")
     assert len(rows) == 200
-    assert "on 200 pairs that the model has not trained on" in prose()
+    assert "on 200 pairs that the model has not trained on" in prose(PAGE)
 
 
 def test_every_test_that_the_page_names_exists():
-    named = set(re.findall(r"\btest_\w+", PAGE.read_text("utf-8"))) - {Path(__file__).stem}
+    named = named_tests(PAGE)
     assert named
     assert named <= set(globals())
 
@@ -1089,18 +1019,17 @@ def test_pad_token_still_works_with_a_warning(make, tmp_path):
 
 def test_numbers_in_the_notes_are_those_of_the_code(trls_loss):
     one, ten = (float(trls_loss(torch.zeros(1), torch.zeros(1), torch.tensor([m])).loss) for m in (1.0, 10.0))
-    assert f"{one:.2f} for $\\mu = 1$, and about {ten:.0f} for $\\mu = 10$" in prose()
+    assert f"{one:.2f} for $\\mu = 1$, and about {ten:.0f} for $\\mu = 10$" in prose(PAGE)
     scores = torch.tensor([2.0]), torch.tensor([1.0])
     term = float(trls_loss(*scores, center=0.01).loss - trls_loss(*scores).loss)
-    assert f"With the recommended 0.01 a pair at 2 and 1 pays {term:.2f}" in prose()
+    assert f"With the recommended 0.01 a pair at 2 and 1 pays {term:.2f}" in prose(PAGE)
     step = torch.nextafter(torch.tensor(8.0, dtype=torch.bfloat16), torch.tensor(9.0, dtype=torch.bfloat16))
-    assert f"near 8 the next number above is {float(step)}" in prose()
+    assert f"near 8 the next number above is {float(step)}" in prose(PAGE)
     assert 1 / math.sqrt(2499 + 1) == 0.02
-    assert "agree at a width of 2499" in prose()
+    assert "agree at a width of 2499" in prose(PAGE)
 
 
 def test_the_defaults_that_the_page_quotes_are_those_of_the_config(tmp_path):
-    quoted = re.findall(r"`(\w+)` \(default ([^)]+)\)", PAGE.read_text("utf-8"))
-    args = RewardConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    quoted, true = defaults_on(PAGE, RewardConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
     assert len(quoted) >= 5
-    assert {name: value.strip('"`') for name, value in quoted} == {name: str(getattr(args, name)) for name, _ in quoted}
+    assert quoted == true

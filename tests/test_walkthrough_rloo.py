@@ -17,44 +17,47 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TRL_EXPERIMENTAL_SILENCE="1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 from datasets import Dataset
-from markdown_pages import fences, run_page
+from markdown_pages import fences
 from peft import LoraConfig, get_peft_model
-from test_walkthrough_grpo import (
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, TrlParser
+from trl.trainer import rloo_config
+from walkthrough_tools import (
     ANSWERS,
     CLIP_RATIOS,
     CUT,
     END,
-    ROWS,
+    EXPECTED,
+    PAD,
+    PAGES,
     built,
     changed,
+    comparisons_of_norms,
     config,
+    defaults_on,
     ended,
-    first_cells,
+    experts,
+    metrics_on,
+    model_folder,
+    page_of,
     random_batch,
     samples,
     save,
     scored,
+    section_of,
     trained,
     trl_loss,
 )
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, TrlParser
-from trl.trainer import rloo_config
+from walkthrough_tools import SUMS as ROWS
 
-PAGE = Path(__file__).resolve().parent.parent / "annotated_trainers" / "rloo.md"
-EXPECTED = PAGE.parent.parent / "annotated_examples" / "expected"
+PAGE = PAGES / "rloo.md"
+section = functools.partial(section_of, PAGE)
 LONG = [(ids * 20)[:40] for ids in ANSWERS]  # forty tokens each
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    return save(Qwen3ForCausalLM(Qwen3Config(**config())), tmp_path_factory.mktemp("model"))
+checkpoint = model_folder(pad_token_id=PAD)
 
 
 @pytest.fixture
@@ -87,17 +90,7 @@ def fresh(shared):
     vars(shared).update(saved)
 
 
-@pytest.fixture(scope="module")
-def page():
-    return run_page(PAGE).namespace
-
-
-def section(title: str) -> str:
-    """The text of a `##` or `###` section of the page."""
-    head, _, text = PAGE.read_text("utf-8").partition(f"# {title}\n")
-    assert text, f"the page has no section {title!r}"
-    level = len(head) - len(head.rstrip("#")) + 1
-    return re.split(rf"^#{{1,{level}}} ", text, maxsplit=1, flags=re.M)[0]
+page = page_of(PAGE)
 
 
 def advantages_of(trainer) -> list[float]:
@@ -128,23 +121,9 @@ def penalties(trainer, batch, temperature=1.0) -> torch.Tensor:
 
 # ---------------------------------------------------------------------------------------- the formulas, against TRL
 
-ERRORS: list[float] = []
+ERRORS, agree, summary = comparisons_of_norms()
 COMPARED = {"penalized-reward", "leave-one-out-advantage", "rloo-loss", "rloo-on-fresh-answers", "centred-advantage"}
 COMPARED |= {"normalized-advantage"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def summary():
-    yield
-    print(f"\n{len(ERRORS)} comparisons with TRL, largest relative error {max(ERRORS, default=0):.1e}")
-
-
-def agree(ours, theirs) -> None:
-    """Relative error below 1e-5. A loss is a sum with two signs and may nearly cancel: then relative to 0.1."""
-    ours, theirs = torch.as_tensor(ours).detach(), torch.as_tensor(theirs).detach()
-    error = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-12 if theirs.ndim else 0.1))
-    ERRORS.append(error)
-    assert error < 1e-5
 
 
 def random_round(trainer, seed, group, **settings):
@@ -708,9 +687,7 @@ def test_numbers_in_the_notes_are_those_of_the_code():
 
 
 def test_the_page_lists_exactly_the_keys_that_a_run_logs(build, tmp_path):
-    torch.manual_seed(0)
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "output_router_logits": False}
-    model = save(Qwen3MoeForCausalLM(Qwen3MoeConfig(**config(**experts))), tmp_path / "moe")
+    model = save(experts(pad_token_id=PAD, output_router_logits=False), tmp_path / "moe")
     trainer = build(model=model, eval_dataset=Dataset.from_list(ROWS[:2]), eval_strategy="steps", eval_steps=1)
     trainer.train()
     lines = trainer.state.log_history
@@ -719,7 +696,7 @@ def test_the_page_lists_exactly_the_keys_that_a_run_logs(build, tmp_path):
     without = {"grad_norm", "learning_rate", "step_time", "epoch", "step"}
     assert evaluation == {f"eval_{key}" for key in training - without} | speed | {"epoch", "step"}
     logged = {re.sub("/first_token/", "/NAME/", key) for key in training | speed | set(lines[-1])}
-    assert {cells[0].strip("`") for cells in first_cells(section("Logged metrics").split("###")[0])} == logged
+    assert set(metrics_on(PAGE)) == logged
     assert lines[-1]["total_flos"] == 0
     seconds, speeds = next((x["eval_runtime"], x["eval_samples_per_second"]) for x in lines if "eval_loss" in x)
     assert seconds * speeds == pytest.approx(2, rel=0.1)  # prompts; there were eight answers
@@ -817,8 +794,8 @@ def test_every_test_that_the_page_names_exists():
 
 
 def test_the_defaults_that_the_page_quotes_are_those_of_the_config(tmp_path):
-    quoted = re.findall(r"`(\w+)` \(default ([^),]+)", PAGE.read_text("utf-8"))
     args = RLOOConfig(output_dir=str(tmp_path), use_cpu=True)
+    quoted, true = defaults_on(PAGE, args)
     assert len(quoted) >= 15
-    assert set(quoted) == {(name, str(getattr(args, name))) for name, _ in quoted}
+    assert quoted == true
     assert (args.per_device_train_batch_size, args.disable_dropout, args.remove_unused_columns) == (8, False, False)

@@ -9,35 +9,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TRL_EXPERIMENTAL_SILENCE="1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import datasets
 import pytest
 import torch
-import transformers
 import trl
+import walkthrough_tools
 from datasets import Dataset
-from markdown_pages import run_page
 from peft import LoraConfig, PromptTuningConfig
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.chat_template_utils import clone_chat_template, get_training_chat_template
 from trl.trainer import sft_trainer
+from walkthrough_tools import PAGES, config, experts, make_trainer, metrics_on, page_of, prose, trained
 
-datasets.disable_progress_bars()
-transformers.utils.logging.disable_progress_bar()
-
-PAGE = Path(__file__).resolve().parent.parent / "annotated_trainers" / "sft.md"
+PAGE = PAGES / "sft.md"
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content }}<|end|>{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
@@ -64,29 +49,8 @@ PLAIN = [{"text": f"{q} {a}"} for q, a in TEXTS]
 UNEVEN = pairs(("1", "2"), ("1", "2 or 3 or 4 or 5 or 6"))
 
 
-def tokenizer(template: str | None = TEMPLATE, pad: str | None = "<|pad|>", merges=(), more=(), bos=None):
-    """One token per character, plus `merges`."""
-    characters = sorted(set("0123456789+=# abcdefghijklmnopqrstuvwxyz"))
-    vocab = {t: i for i, t in enumerate(["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", *characters, *more])}
-    core = Tokenizer(models.BPE(vocab, list(merges)))
-    core.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
-    core.decoder = decoders.Fuse()
-    if bos:
-        core.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, vocab[bos])])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token=pad,
-        eos_token="<|end|>",
-        bos_token=bos,
-        additional_special_tokens=["<|user|>", "<|assistant|>"],
-        chat_template=template,
-    )
-
-
-def config(**more) -> dict:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 256}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
-    return {"vocab_size": len(tokenizer()), "bos_token_id": None, "eos_token_id": 1, **sizes, **heads, **more}
+def tokenizer(template: str | None = TEMPLATE, **more):
+    return walkthrough_tools.tokenizer(template, **more)
 
 
 def saved(folder: Path, model=None, **more) -> str:
@@ -108,54 +72,20 @@ def tied(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def experts(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "output_router_logits": False}
-    return saved(tmp_path_factory.mktemp("moe"), Qwen3MoeForCausalLM(Qwen3MoeConfig(**config(**sizes))))
+def mixture(tmp_path_factory) -> str:
+    return saved(tmp_path_factory.mktemp("moe"), experts(output_router_logits=False))
 
 
 @pytest.fixture
 def build(checkpoint, tmp_path):
     """Makes an SFTTrainer; keyword arguments of SFTTrainer go there, all others to SFTConfig."""
-    arguments = set(inspect.signature(SFTTrainer.__init__).parameters)
 
-    def make(rows=ROWS, model=None, **more) -> SFTTrainer:
-        own = {key: more.pop(key) for key in arguments & set(more)}
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "per_device_train_batch_size": 2,
-            "per_device_eval_batch_size": 2,
-            "max_steps": 2,
-            "logging_steps": 1,
-            "learning_rate": 1e-3,
-            "activation_checkpointing": False,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "seed": 1,
-            **more,
-        }
-        if "activation_checkpointing" not in SFTConfig.__dataclass_fields__:  # its name before transformers 5.20
-            settings["gradient_checkpointing"] = settings.pop("activation_checkpointing")
-        trainer = SFTTrainer(
-            model=model or checkpoint,
-            args=SFTConfig(**settings),
-            train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
-            processing_class=own.pop("processing_class", None) or tokenizer(),
-            **own,
-        )
-        trainer.remove_callback(PrinterCallback)
-        return trainer
+    def make(rows=ROWS, model=None, processing_class=None, **more) -> SFTTrainer:
+        own = {"model": model or checkpoint, "processing_class": processing_class or tokenizer()}
+        sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "max_steps": 2}
+        return make_trainer(SFTTrainer, SFTConfig, tmp_path / "run", rows, **own, **sizes | more)
 
     return make
-
-
-def trained(trainer: SFTTrainer) -> list[dict]:
-    """Trains, and returns the log lines of the training steps."""
-    trainer.train()
-    return [line for line in trainer.state.log_history if "loss" in line]
 
 
 def batch_of(trainer: SFTTrainer, count: int | None = None) -> dict:
@@ -176,22 +106,7 @@ def labelled(trainer: SFTTrainer, dataset=None, row: int = 0) -> tuple[str, str]
     return "".join(SHORT.get(token, token) for token in tokens), learned
 
 
-def section(title: str) -> str:
-    """The text of a `##` or `###` section of the page."""
-    found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^##? |\Z)", PAGE.read_text("utf-8"), re.M | re.S)
-    assert found, f"the page has no section {title!r}"
-    return found[2]
-
-
-def first_cells(text: str) -> list[list[str]]:
-    """The rows of the tables in a text whose first cell is code, cell by cell."""
-    rows = [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in text.split("\n")]
-    return [cells for cells in rows if re.fullmatch(r"`[^`]+`", cells[0])]
-
-
-@pytest.fixture(scope="module")
-def page():
-    return run_page(PAGE).namespace
+page = page_of(PAGE)
 
 
 # ------------------------------------------------------------------------------------------------------- the formula
@@ -273,12 +188,11 @@ def test_a_sure_teacher_makes_gkd_sft_and_an_advantage_of_one_makes_policy_gradi
 # ------------------------------------------------------------------------------------------------------- what is logged
 
 
-def test_the_page_lists_exactly_the_keys_that_a_run_logs(build, experts):
-    trainer = build(model=experts, eval_dataset=Dataset.from_list(ROWS), eval_strategy="epoch")
+def test_the_page_lists_exactly_the_keys_that_a_run_logs(build, mixture):
+    trainer = build(model=mixture, eval_dataset=Dataset.from_list(ROWS), eval_strategy="epoch")
     trainer.train()
     logged = set().union(*trainer.state.log_history)
-    listed = {cells[0].strip("`") for cells in first_cells(section("Logged metrics").split("###")[0])}
-    assert listed == logged
+    assert set(metrics_on(PAGE)) == logged
     early = build(eval_dataset=Dataset.from_list(ROWS)).evaluate()
     assert set(early) - logged == {"eval_model_preparation_time"}
     assert "eval_aux_loss" not in early
@@ -744,18 +658,18 @@ def test_compute_metrics_gets_counters_with_the_default_loss(build):
     assert len(trainer.predict(trainer.train_dataset).predictions) == 3
 
 
-def test_the_auxiliary_coefficient_reaches_only_the_default_loss(build, experts):
+def test_the_auxiliary_coefficient_reaches_only_the_default_loss(build, mixture):
     def first(loss_type, coefficient):
-        return trained(build(model=experts, loss_type=loss_type, router_aux_loss_coef=coefficient, max_steps=1))[0]
+        return trained(build(model=mixture, loss_type=loss_type, router_aux_loss_coef=coefficient, max_steps=1))[0]
 
     for loss_type, expected in (("chunked_nll", 1.0), ("nll", 0.001), ("dft", 0.0)):
         without, line = first(loss_type, 0.0), first(loss_type, 1.0)
         assert line["loss"] - without["loss"] == pytest.approx(expected * line["aux_loss"], abs=2e-5)
 
 
-def test_accumulation_multiplies_the_auxiliary_loss(build, experts):
+def test_accumulation_multiplies_the_auxiliary_loss(build, mixture):
     def first(coefficient, **more):
-        return trained(build(model=experts, router_aux_loss_coef=coefficient, max_steps=1, **more))[0]
+        return trained(build(model=mixture, router_aux_loss_coef=coefficient, max_steps=1, **more))[0]
 
     for steps in (1, 2, 4):
         more = {"per_device_train_batch_size": 4 // steps, "gradient_accumulation_steps": steps}
@@ -916,7 +830,7 @@ def test_only_learned_tokens_meet_the_head(monkeypatch):
 
 
 def test_the_sizes_that_the_page_computes():
-    text = " ".join(PAGE.read_text("utf-8").split())
+    text = prose(PAGE)
     rows, length, words, size = re.search(
         r"With (\d+) rows of (\d+) tokens and a vocabulary of ([\d,]+) words they take ([\d.]+) GB", text
     ).groups()

@@ -5,50 +5,61 @@ are replaced, the rest is the real `training_step` of a real trainer, with its b
 error.
 """
 
+import functools
 import inspect
 import itertools
 import json
 import math
 import os
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TRL_EXPERIMENTAL_SILENCE="1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 from datasets import Dataset
-from markdown_pages import FORMULA, fences, run_page
 from peft import LoraConfig, get_peft_model
-from test_walkthrough_dpo import config, first_cells, save, tokenizer
-from test_walkthrough_online_dpo import END, LOG2, QUESTIONS, ROWS, calls_of, gpt2, reward_model, trained
 from tokenizers.processors import TemplateProcessing
-from transformers import (
-    AutoModelForCausalLM,
-    BertConfig,
-    BertForSequenceClassification,
-    PrinterCallback,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    TrainerCallback,
-)
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, TrainerCallback
 from trl.experimental import utils
 from trl.experimental.nash_md import NashMDTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from trl.experimental.xpo import XPOConfig, XPOTrainer, xpo_trainer
+from walkthrough_tools import (
+    END,
+    EXAMPLES,
+    EXPECTED,
+    LOG2,
+    PAGES,
+    QUESTIONS,
+    VOCABULARY,
+    Says,
+    arguments_of,
+    calls_of,
+    comparisons,
+    defaults_on,
+    formula_names,
+    gpt2,
+    made_and_trained,
+    made_once,
+    make_trainer,
+    metrics_on,
+    model_folder,
+    named_tests,
+    page_of,
+    reward_model,
+    section_of,
+    tokenizer,
+    trained,
+)
+from walkthrough_tools import QUESTION_ROWS as ROWS
 
-PAGE = Path(__file__).resolve().parent.parent / "annotated_trainers" / "xpo.md"
-MEASURED = PAGE.parent.parent / "annotated_examples" / "expected" / "xpo.json"
-VOCABULARY = 44  # as many as the tokenizer has
+PAGE = PAGES / "xpo.md"
+section = functools.partial(section_of, PAGE)
+MEASURED = EXPECTED / "xpo.json"
 LORA = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    return save(Qwen3ForCausalLM(Qwen3Config(**config())), tmp_path_factory.mktemp("model"))
+checkpoint = model_folder()
 
 
 @pytest.fixture(scope="module")
@@ -59,59 +70,20 @@ def policy(checkpoint):
 @pytest.fixture(scope="module")
 def make(policy, tmp_path_factory):
     """Makes an XPOTrainer; keyword arguments of XPOTrainer go there, all others to XPOConfig."""
-    of_trainer = {*inspect.signature(XPOTrainer.__init__).parameters} - {"model", "args", "train_dataset"}
 
     def make(rows=ROWS, model=None, trainer=XPOTrainer, settings=XPOConfig, **more):
-        own = {k: more.pop(k) for k in of_trainer & set(more)}
-        if "reward_funcs" not in own:
-            own = {"reward_funcs": reward_model(), "reward_processing_classes": tokenizer()} | own
-        defaults = {
-            "output_dir": str(tmp_path_factory.mktemp("run")),
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "per_device_train_batch_size": 4,
-            "max_new_tokens": 8,
-            "max_steps": 1,
-            "logging_steps": 1,
-            "learning_rate": 1e-3,
-            "gradient_checkpointing": False,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "seed": 1,
-        }
-        built = trainer(
-            model=policy() if model is None else model,
-            args=settings(**{**defaults, **more}),
-            train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
-            processing_class=own.pop("processing_class", None) or tokenizer(),
-            **own,
-        )
-        built.remove_callback(PrinterCallback)
-        return built
+        if "reward_funcs" not in more:
+            more = {"reward_funcs": reward_model(), "reward_processing_classes": tokenizer(), **more}
+        sizes = {"per_device_train_batch_size": 4, "max_new_tokens": 8, "max_steps": 1}
+        more = {**sizes, "gradient_checkpointing": False, **more}
+        model = policy() if model is None else model
+        return make_trainer(trainer, settings, tmp_path_factory.mktemp("run"), rows, model=model, **more)
 
     return make
 
 
-@pytest.fixture(scope="module")
-def trained_once(make):
-    """A trainer after two steps, with its log, for the tests that only look."""
-    trainer = make(max_steps=2)
-    trainer.train()
-    return trainer
-
-
-@pytest.fixture(scope="module")
-def shared(make):
-    """One trainer for the tests that only call its methods and leave it as it is."""
-    return make()
-
-
-def section(title: str) -> str:
-    """The text of a `##` or `###` section of the page."""
-    found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^##? |\Z)", PAGE.read_text("utf-8"), re.M | re.S)
-    assert found, f"the page has no section {title!r}"
-    return found[2]
+trained_once = made_and_trained(max_steps=2)
+shared = made_once()
 
 
 def measured(key: str) -> list[float]:
@@ -121,24 +93,7 @@ def measured(key: str) -> list[float]:
 # ---------------------------------------------------------------------------- the formulas, against TRL's own methods
 
 
-@pytest.fixture(scope="module")
-def page():
-    return run_page(PAGE).namespace
-
-
-class Says:
-    """A model whose logits are given: those of its first call, then those of its second."""
-
-    def __init__(self, *logits):
-        self.logits = iter(logits)
-
-    def train(self):
-        return self
-
-    def __call__(self, ids, attention_mask):
-        logits = next(self.logits)
-        assert ids.shape == logits.shape[:2] == attention_mask.shape
-        return SimpleNamespace(logits=logits)
+page = page_of(PAGE)
 
 
 class Step:
@@ -190,19 +145,7 @@ class Step:
         self.own_wins = self.scores[0] >= self.scores[1]
 
 
-ERRORS: list[float] = []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def summary():
-    yield
-    print(f"\n{len(ERRORS)} comparisons with TRL, largest relative error {max(ERRORS, default=0):.1e}")
-
-
-def agree(ours, theirs) -> None:
-    ours, theirs = (torch.as_tensor(value).detach().double() for value in (ours, theirs))
-    ERRORS.append(float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)))
-    assert ERRORS[-1] < 1e-5
+ERRORS, agree, summary = comparisons()
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
@@ -262,16 +205,7 @@ def test_the_exploration_has_one_slope_everywhere():
 
 def test_every_displayed_formula_has_its_function_and_is_compared_above():
     known = {"xpo-loss", "xpo-slope", "xpo-balance"}
-    lines = PAGE.read_text("utf-8").split("\n")
-    names = []
-    for fence in fences(PAGE):
-        if fence.lang == "math":
-            above = [line for line in lines[fence.line - 3 : fence.line - 1] if FORMULA.search(line)]
-            assert len(above) == 1, fence.where
-            names.append(FORMULA.search(above[0])[1].strip())
-            block = next(f for f in fences(PAGE) if f.line > fence.line and f.lang == "python")
-            assert f"def {names[-1].replace('-', '_')}(" in block.text
-    assert sorted(names) == sorted(known)
+    assert formula_names(PAGE) == sorted(known)
 
 
 # ------------------------------------------------------------------------------------------------------- what is logged
@@ -279,8 +213,7 @@ def test_every_displayed_formula_has_its_function_and_is_compared_above():
 
 def test_the_page_lists_exactly_the_keys_that_a_run_logs(trained_once):
     logged = set().union(*trained_once.state.log_history)
-    listed = {cells[0].strip("`") for cells in first_cells(section("Logged metrics").split("###")[0])}
-    assert listed == logged
+    assert set(metrics_on(PAGE)) == logged
     assert trained_once.state.log_history[-1]["total_flos"] == 0
 
 
@@ -822,19 +755,19 @@ def test_a_step_on_ties_leads_where_the_page_says(page):
 
 
 def test_the_toy_run_has_the_settings_that_the_page_names():
-    assert '"beta": 1.0' in (MEASURED.parents[1] / "xpo.py").read_text("utf-8")
+    assert '"beta": 1.0' in (EXAMPLES / "xpo.py").read_text("utf-8")
     assert set(measured("alpha")) == {1e-5}
 
 
 def test_every_test_that_the_page_names_exists():
-    named = set(re.findall(r"\btest_\w+", PAGE.read_text("utf-8"))) - {Path(__file__).stem}
+    named = named_tests(PAGE)
     assert named
     assert named <= set(globals())
 
 
 def test_the_arguments_that_the_page_calls_gone_are_gone():
     text = section("Older code and tutorials")
-    here = {*XPOConfig.__dataclass_fields__, *inspect.signature(XPOTrainer.__init__).parameters}
+    here = arguments_of(XPOTrainer, XPOConfig)
     for name in ("judge", "reward_model"):
         assert f"`{name}=`" in text
         assert name not in here
@@ -842,10 +775,10 @@ def test_the_arguments_that_the_page_calls_gone_are_gone():
 
 
 def test_the_defaults_that_the_page_quotes_are_those_of_the_config(tmp_path):
-    quoted = re.findall(r"`(\w+)` \(default ([^)]+)\)", PAGE.read_text("utf-8"))
     args = XPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    quoted, true = defaults_on(PAGE, args)
     assert len(quoted) >= 7
-    assert {name: value.strip('"`') for name, value in quoted} == {name: str(getattr(args, name)) for name, _ in quoted}
+    assert quoted == true
     assert math.isclose(args.beta / 2 / args.alpha, 5000)
 
 

@@ -39,17 +39,12 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
-from tables import TRAINERS, made_with
+from tables import NAMES, TRAINERS, made_with
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ROOT / "annotated_examples" / "toy"
 RESULT = ROOT / "annotated_examples" / "expected" / "formats.json"
 PACKAGES = ("trl", "transformers", "datasets", "torch")
-NAMES = {
-    **{"sft": "SFT", "reward": "Reward", "dpo": "DPO", "kto": "KTO", "orpo": "ORPO", "cpo": "CPO", "bco": "BCO"},
-    **{"ppo": "PPO", "grpo": "GRPO", "rloo": "RLOO", "online_dpo": "OnlineDPO", "nash_md": "NashMD", "gkd": "GKD"},
-    **{"xpo": "XPO", "prm": "PRM"},
-}
 STABLE = ("sft", "reward", "dpo", "kto", "grpo", "rloo")
 SAMPLING = ("ppo", "grpo", "rloo", "online_dpo", "nash_md", "xpo")  # the answers are the model's own
 

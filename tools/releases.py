@@ -20,14 +20,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import drift
+from tables import NAMES
 from trl_source import REPOSITORY, Source, SourceError, newest_version, pinned_version
 
 DATA = REPOSITORY / "reference_guides" / "releases.json"
-TRAINERS = {  # in the order of this repository; the name of the class without "Trainer" -> the name of its modules
-    **{"SFT": "sft", "Reward": "reward", "DPO": "dpo", "KTO": "kto", "ORPO": "orpo", "CPO": "cpo", "BCO": "bco"},
-    **{"PPO": "ppo", "GRPO": "grpo", "RLOO": "rloo", "OnlineDPO": "online_dpo", "NashMD": "nash_md", "GKD": "gkd"},
-    **{"XPO": "xpo", "PRM": "prm"},
-}
+TRAINERS = {name: module for module, name in NAMES.items()}  # the name of the class without "Trainer" -> of its modules
 EARLIER = {"PPOv2": "ppov2"}  # today's PPOTrainer under its first name
 REQUIRED = ""  # in place of the default of an argument that has none
 
