@@ -6,6 +6,7 @@ Chromium; without Chromium these tests are skipped, except in CI, where that is 
 
 import contextlib
 import functools
+import gzip
 import http.server
 import importlib.util
 import os
@@ -195,7 +196,10 @@ def visited(tab, site: str, visit: Visit) -> Visit:
     tab.on("console", lambda message: visit.problems.append(message.text) if message.type == "error" else None)
     answer = tab.goto(site + visit.url)
     assert answer.ok, f"{visit.url}: {answer.status}"
-    tab.wait_for_function("!document.querySelector('pre.mermaid')")  # a diagram takes its place
+    tab.wait_for_function("[...document.querySelectorAll('.arithmatex')].every(e => e.querySelector('.katex'))")
+    for _ in range(tab.locator("pre.mermaid").count()):  # drawn when one comes near it
+        tab.locator("pre.mermaid").first.scroll_into_view_if_needed()
+        tab.locator("pre.mermaid").first.wait_for(state="detached")
     visit.seen, visit.wide = tab.evaluate(LOOK), tab.evaluate(BOXES)
     tab.set_viewport_size(PHONE)
     visit.narrow = tab.evaluate(BOXES)
@@ -256,6 +260,16 @@ def test_every_page_has_the_lists_tables_and_headings_that_a_git_host_shows(visi
             "rows": opened.count("tr"),
             "headings": sum(opened.count(tag) for tag in ("h1", "h2", "h3", "h4")),
         }, visit.source
+
+
+def test_the_start_page_weighs_less_than_half_a_megabyte_as_a_host_sends_it(visits):
+    (home,) = [visit for visit in visits if visit.url == ""]
+    sizes = {}
+    for url in {url for url in home.requests if url.startswith("http")}:
+        with urllib.request.urlopen(url) as answer:
+            sizes[url] = len(gzip.compress(answer.read()))
+    assert not [url for url in sizes if "search_index" in url or "mermaid" in url]  # until somebody wants them
+    assert sum(sizes.values()) < 500_000, sizes
 
 
 def test_every_link_to_the_site_itself_leads_somewhere(visits, site):
@@ -368,12 +382,16 @@ def test_a_copied_command_waits_for_the_enter_key(page, site):
     assert command.startswith("python ") and not command.endswith("\n")
 
 
+EACH_KIND = ("", "annotated_examples/dpo/", "annotated_trainers/newest_trl/", "reference_guides/notation/")
+EACH_KIND += ("reference_guides/metrics/", "reference_guides/which_trainer/")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_serious_fault_of_access_on_a_page_of_each_kind(browser, site, scheme):
-    """Contrast, names for screen readers, reach by keyboard: what a machine can see of them (axe-core, from npm)."""
+    """Contrast, names for screen readers, reach by keyboard: what axe-core can see of them. `AXE=all` looks at every page."""
     faults = {}
     with window(browser, color_scheme=scheme, reduced_motion="reduce") as context:
-        for url in ("", "annotated_examples/dpo/", "annotated_trainers/newest_trl/", "reference_guides/notation/"):
+        for url in sources() if os.environ.get("AXE") == "all" else EACH_KIND:
             tab = context.new_page()
             tab.goto(site + url)
             tab.add_script_tag(path=ROOT / "tools/site/node_modules/axe-core/axe.min.js")
@@ -390,6 +408,76 @@ def test_the_colours_can_be_changed_by_keyboard(page, site):
         page.locator(".md-header__option label:visible").focus()
         page.keyboard.press("Enter")
     assert len(seen) == 2
+
+
+FILTERED = "reference_guides/metrics/"
+SHOWN = """() => {
+  const after = [...document.querySelectorAll(".filter-tables ~ *")]
+  const seen = elements => elements.filter(element => element.offsetParent !== null)
+  const rows = after.flatMap(element => [...element.querySelectorAll("tbody tr")])
+  return {
+    all: rows.length,
+    rows: seen(rows).map(row => row.textContent.toLowerCase()),
+    headings: seen(after).filter(element => element.tagName === "H2").length,
+  }
+}"""
+
+
+def test_the_field_above_the_tables_keeps_the_rows_with_all_words(page, site):
+    page.goto(site + FILTERED)
+    field, before = page.get_by_label("Show the rows with these words"), page.evaluate(SHOWN)
+    assert before["all"] == len(before["rows"]) > 100
+    field.focus()
+    page.keyboard.type("KL grpo")
+    found = page.evaluate(SHOWN)
+    assert found["rows"] == [row for row in before["rows"] if "kl" in row and "grpo" in row]
+    assert 0 < len(found["rows"]) < 10
+    assert 0 < found["headings"] < before["headings"]
+    assert page.locator(".filter-tables output").inner_text() == f"{len(found['rows'])} of {before['all']} rows"
+    page.keyboard.type(" nosuchword")
+    nothing = page.evaluate(SHOWN)
+    assert (nothing["rows"], nothing["headings"]) == ([], 0)
+    page.keyboard.press("Escape")  # empties a search field
+    assert page.evaluate(SHOWN) == before
+
+
+def test_a_link_to_a_row_that_is_filtered_away_shows_all_rows_again(page, site):
+    page.goto(f"{site}{FILTERED}#rewards-margins")
+    before = page.evaluate(SHOWN)
+    page.get_by_label("Show the rows with these words").fill("learning_rate ppo")
+    assert len(page.evaluate(SHOWN)["rows"]) < before["all"]
+    page.evaluate("location.hash = '#objective-kl'")
+    page.wait_for_function("document.getElementById('objective-kl').offsetParent !== null")
+    assert page.evaluate(SHOWN) == before
+    top, field = (page.locator(x).bounding_box() for x in ("tr:has(> td > #objective-kl)", ".filter-tables"))
+    assert field["y"] + field["height"] <= top["y"] + 1 < 900  # in sight, and not below the field that hangs there
+
+
+def test_without_javascript_the_tables_are_whole_and_there_is_no_field(browser, site):
+    with window(browser, java_script_enabled=False) as context:
+        tab = context.new_page()
+        tab.goto(site + FILTERED)
+        assert tab.locator(".filter-tables").count() == 1
+        assert not tab.locator(".filter-tables").is_visible()
+        assert tab.locator(".filter-tables input").count() == 0
+        assert tab.locator("#rewards-margins").count() == 1
+
+
+def test_a_row_is_a_card_on_a_phone_so_that_nothing_scrolls_sideways(page, site):
+    page.set_viewport_size(PHONE)
+    page.goto(site + FILTERED)
+    wide = page.evaluate(
+        "[...document.querySelectorAll('.filter-tables ~ * td')].map(e => e.getBoundingClientRect().right)"
+    )
+    assert max(wide) <= PHONE["width"]
+
+
+def test_no_other_page_has_the_field(page, site):
+    page.goto(f"{site}reference_guides/notation/")
+    assert page.locator(".filter-tables, #table-filter").count() == 0
+
+
+# ---- for the trial only
 
 
 def test_a_site_that_knows_its_repository_links_to_it_and_still_asks_no_other_host(browser, tmp_path):

@@ -467,8 +467,10 @@ def script_sections(code: str) -> list[tuple[str, int]]:
 
 
 def assets(folder: Path) -> dict[str, bytes]:
-    """What the site carries under assets/: our own style, script and icon (`folder` is tools/site)."""
-    return {f"assets/{path.name}": path.read_bytes() for path in sorted(folder.glob("site.*"))}
+    """What the site carries under assets/: our own style, scripts and icon (`folder` is tools/site)."""
+    return {
+        f"assets/{path.name}": path.read_bytes() for path in sorted([*folder.glob("site.*"), *folder.glob("lazy.js")])
+    }
 
 
 def vendored(folder: Path) -> dict[str, bytes]:

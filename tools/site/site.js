@@ -1,8 +1,20 @@
 // What the site does in the browser beyond Material: formulas, whole scripts to the clipboard, access by keyboard.
 
-for (const element of document.querySelectorAll(".arithmatex")) {
-  const tex = element.textContent.trim().replace(/^\\[([]|\\[)\]]$/g, "")
-  katex.render(tex, element, { displayMode: element.tagName === "DIV", throwOnError: false })
+// Formulas, from the top of the page to its end, a few at a time, so that the page can be read and scrolled meanwhile. A link
+// into the page waits for all of them: what is above its target must have its height.
+{
+  const waiting = [...document.querySelectorAll(".arithmatex")]
+  const set = element => {
+    const tex = element.textContent.trim().replace(/^\\[([]|\\[)\]]$/g, "")
+    katex.render(tex, element, { displayMode: element.tagName === "DIV", throwOnError: false })
+  }
+  const some = () => {
+    const end = location.hash ? Infinity : performance.now() + 20
+    while (waiting.length && performance.now() < end) set(waiting.shift())
+    if (waiting.length) setTimeout(some)
+    else makeScrollersFocusable()
+  }
+  some()
 }
 
 // A long name in a table may break after a slash, a dot or a bracket: `completions/mean_length`. What is copied stays whole.
@@ -81,3 +93,49 @@ function addFilter(mark) {
   })
 }
 document.querySelectorAll(".filter-tables").forEach(addFilter)
+
+// "Which trainer?": the rows of a table in `.pick` are narrowed down by menus, one for each column that `data-pick` names.
+// A number means "at most". Without JavaScript all rows are there.
+for (const box of document.querySelectorAll(".pick")) {
+  const table = box.querySelector("table")
+  const titles = [...table.tHead.rows[0].cells].map(cell => cell.textContent.trim())
+  const rows = [...table.tBodies[0].rows].map(row => [row, [...row.cells].map(cell => cell.textContent.trim())])
+  const form = document.createElement("form")
+  const told = document.createElement("p")
+  told.setAttribute("role", "status")
+  const menus = box.dataset.pick.split(", ").map(title => {
+    const column = titles.indexOf(title)
+    const values = [...new Set(rows.map(([, cells]) => cells[column]))]
+    const numbers = values.every(value => Number(value))
+    const label = document.createElement("label"), menu = document.createElement("select")
+    menu.append(new Option("any", ""))
+    if (numbers) values.sort((a, b) => a - b)
+    for (const value of values) menu.append(new Option(numbers ? `at most ${value}` : value, value))
+    label.append(title, menu)
+    form.append(label)
+    return { menu, fits: cells => !menu.value || (numbers ? +cells[column] <= +menu.value : cells[column] === menu.value) }
+  })
+  form.addEventListener("change", () => {
+    for (const [row, cells] of rows) row.hidden = !menus.every(({ fits }) => fits(cells))
+    const left = rows.filter(([row]) => !row.hidden)
+    told.textContent = left.length ? `${left.length} of ${rows.length} ways fit.` : "No trainer fits all of this: take one answer back."
+  })
+  box.prepend(form, told)
+}
+
+// What is far away has an estimated height until it comes near (content-visibility), so a link into the page is followed
+// again until what lies around its target has its place, or the reader moves.
+addEventListener("load", () => {
+  const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)))
+  if (!target) return
+  const stop = new AbortController()
+  for (const kind of ["wheel", "touchstart", "keydown", "pointerdown", "input", "hashchange"])
+    addEventListener(kind, () => stop.abort(), { signal: stop.signal })
+  let frames = 30
+  const follow = () => {
+    if (stop.signal.aborted || !frames--) return stop.abort()
+    target.scrollIntoView({ behavior: "instant" })
+    requestAnimationFrame(follow)
+  }
+  follow()
+})
