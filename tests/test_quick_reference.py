@@ -10,8 +10,10 @@ os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TRL_EXPERIMENTAL_SILENCE
 
 import pytest
 import quick_reference
+import which
 from markdown_pages import ROOT, fences
 from tables import TRAINERS
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 PAGE = ROOT / "ALL_TRAINERS_QUICK_REF.md"
 TEXT = PAGE.read_text("utf-8")
@@ -64,12 +66,22 @@ def test_the_template_filled_in_trains(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     code = filled_in(fills()[quick_reference.title(name)])
     code = code.replace("bf16=is_torch", "report_to='none', use_cpu=True, bf16=is_torch")  # a quiet run on the CPU
-    namespace = {"__name__": "quick_start"}
+    namespace, models, forward = {"__name__": "quick_start"}, set(), Qwen3Model.forward
+
+    def counted(model, *arguments, **named):
+        models.add(id(model))
+        return forward(model, *arguments, **named)
+
+    monkeypatch.setattr(Qwen3Model, "forward", counted)
     exec(compile(code, f"quick start of {name}", "exec"), namespace)
     trainer = namespace["trainer"]
     assert type(trainer).__name__.removesuffix("Trainer").lower() == name.replace("_", "")
     assert trainer.state.global_step == (4 if name == "ppo" else 2)  # PPO counts rounds of four answers
     assert (tmp_path / "outputs" / "quick-start" / "model.safetensors").is_file()
+    ways = {have: count for have, trainer, count, _ in which.WAYS if trainer == name}
+    assert len(models) == ways.get("a program that checks", min(ways.values()))
+    if "reward_funcs=right" in code:  # a reward model in place of the program is one more
+        assert ways.get("a reward model", len(models) + 1) == len(models) + 1
 
 
 @pytest.mark.parametrize("name", quick_reference.names())
