@@ -7,7 +7,7 @@ GENERATED = $(shell git grep -l --untracked -F '[[[cog' -- '*.md')
 COG = $(PYTHON) -m cogapp -P -I tools --verbosity=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check site serve sync coverage drift releases bump toy expected compare formats chain gpu environments environment
+.PHONY: help install test check site serve sync coverage drift parity releases bump toy expected compare formats memory hacking symptoms chain gpu environments environment
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +51,9 @@ coverage: environment ## how much of each trainer's code its walkthrough explain
 drift: environment ## what another release of TRL does to the pages: make drift TRL=1.16.0
 	$(if $(TRL),,$(error say which release: make drift TRL=1.16.0))$(PYTHON) tools/drift.py $(TRL)
 
+parity: environment ## compare every formula with TRL and count: formulas, blocks, comparisons, the largest error
+	$(PYTHON) -m pytest -q tests/test_formulas.py tests/test_loss_types.py tests/test_code_blocks.py tests/test_guide_*.py tests/test_walkthrough_*.py
+
 releases: environment ## read again, from the wheels of TRL, which release has which trainer and argument
 	$(PYTHON) tools/releases.py read
 
@@ -68,6 +71,15 @@ compare: environment ## put all trainers side by side on the toy world: annotate
 
 formats: environment ## give every format of data to every trainer: annotated_examples/expected/formats.json
 	$(PYTHON) tools/formats.py
+
+memory: environment ## count what each trainer holds in memory: annotated_examples/expected/memory.json
+	$(PYTHON) tools/memory.py
+
+hacking: environment ## train against rewards that can be fooled: annotated_examples/expected/reward_hacking.json
+	$(PYTHON) tools/reward_hacking.py
+
+symptoms: environment ## reproduce every entry of the troubleshooting guide: annotated_examples/expected/troubleshooting.json
+	$(PYTHON) tools/troubleshooting.py --write
 
 chain: environment ## run scripts on one another's folders: make chain CHAIN=ppo, dpo or online
 	$(PYTHON) tools/chain.py $(CHAIN)

@@ -13,6 +13,7 @@ import tomllib
 from functools import cache
 from pathlib import Path
 
+import compare
 import environments
 import pins
 import pytest
@@ -353,7 +354,8 @@ def test_an_unknown_environment_is_refused(capsys):
 
 TARGETS = {
     *("help", "install", "test", "check", "site", "serve", "sync"),
-    *("coverage", "drift", "releases", "bump", "toy", "expected", "compare", "formats", "chain", "gpu", "environments"),
+    *("coverage", "drift", "parity", "releases", "bump", "toy", "expected", "compare", "formats"),
+    *("memory", "hacking", "symptoms", "chain", "gpu", "environments"),
 }
 
 
@@ -482,13 +484,28 @@ def test_the_map_names_everything_at_the_top_and_nothing_else():
     assert [label for label, link in rows if not link.startswith(label)] == []
 
 
-def test_the_status_names_the_scripts_and_walkthroughs_that_are_there():
-    assert set(tables.TRAINERS) == TRAINERS and len(tables.TRAINERS) == 15
+def test_the_table_of_parts_has_a_row_for_each_trainer_whose_links_lead_somewhere():
+    (table,) = [generated for generated in COG.findall(README) if "tables.parts()" in generated]
+    rows = re.findall(
+        r"^\| \w+ \| \[(\w+)\.py\]\((\S+)\) \| \[line by line\]\((\S+)\) \| \[.+\]\((\S+)#\S+\) \|$", table, re.M
+    )
+    assert [name for name, *_ in rows] == list(tables.TRAINERS) and set(tables.TRAINERS) == TRAINERS
+    assert all((ROOT / link).is_file() for _, *links in rows for link in links)
     walkthroughs = {path.stem for path in (ROOT / "annotated_trainers").glob("*.md")} - {"index", "newest_trl"}
-    for part, there in (("scripts", {path.stem for path in SCRIPTS}), ("walkthroughs", walkthroughs)):
-        here, to_come = re.search(rf"^\| {part} \| (.*) \| (.*) \|$", README, re.M).groups()
-        assert set(re.findall(r"`(\w+)`", here)) == there
-        assert set(re.findall(r"`(\w+)`", to_come)) == TRAINERS - there
+    assert {path.stem for path in SCRIPTS} == walkthroughs == TRAINERS
+
+
+def test_the_picture_on_the_first_page_shows_what_its_description_says():
+    (alt,) = re.findall(r"!\[([^\]]+)\]\(annotated_examples/expected/compare\.svg\)", README)
+    rows = {row["name"]: row for row in compare.rows() if row["name"] in compare.POLICIES}
+    before = [value for row in rows.values() for value in row["before"]]
+    after = {name: sum(row["after"]) / len(row["after"]) for name, row in rows.items()}
+    best, last = max(after, key=after.get), min(after, key=after.get)
+    told = f"Thirteen trainers on one task. Each dot is a seed: all start between {min(before):.2f} and {max(before):.2f} right "
+    told += f"answers, {tables.NAMES[best]} ends at {after[best]:.2f}, {tables.NAMES[last]} at {after[last]:.2f}; "
+    told += f"{tables.NAMES[best]} trained for {rows[best]['seconds']:.0f} seconds, "
+    assert alt == told + f"{tables.NAMES[last]} for {rows[last]['seconds']:.0f}"
+    assert len(rows) == 13
 
 
 def test_the_place_of_the_telemetry_is_the_one_that_the_readme_names():

@@ -719,7 +719,7 @@ def test_what_this_page_leaves_to_the_parent_is_inherited(make):
     # from the emptying of the cache on, the backward pass included
     assert parents.replace("\n\n", "\n").endswith(tail.replace("\n\n", "\n"))
     stream = Dataset.from_list(ROWS).to_iterable_dataset()
-    with pytest.raises(TypeError, match="Can only find the batch size of tensors"):
+    with pytest.raises(TypeError, match=r"Can only (find the batch size of|concatenate) tensors"):
         make(stream).train()
     assert trained(make(stream, accelerator_config={"dispatch_batches": False}))
 

@@ -12,20 +12,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# In the order of this repository: supervised, preferences, reinforcement learning, online and advanced.
+NAMES = {  # the name of a trainer's module, script and walkthrough -> that of its class, without "Trainer"
+    **{"sft": "SFT", "reward": "Reward", "dpo": "DPO", "kto": "KTO", "orpo": "ORPO", "cpo": "CPO", "bco": "BCO"},
+    **{"ppo": "PPO", "grpo": "GRPO", "rloo": "RLOO", "online_dpo": "OnlineDPO", "nash_md": "NashMD", "gkd": "GKD"},
+    **{"xpo": "XPO", "prm": "PRM"},
+}
+TRAINERS = tuple(NAMES)
 
-TRAINERS = (  # in the order of this repository: supervised, preferences, reinforcement learning, online and advanced
-    *("sft", "reward", "dpo", "kto", "orpo", "cpo", "bco", "ppo", "grpo", "rloo"),
-    *("online_dpo", "nash_md", "gkd", "xpo", "prm"),
-)
 
+def parts() -> None:
+    """The script, the walkthrough and the card of each trainer, for the README."""
+    import quick_reference
 
-def status() -> None:
-    """Which trainers have a script and a walkthrough already, for the README."""
-    print("\n| | here | to come |\n| --- | --- | --- |")
-    for part, folder, ending in (("scripts", "annotated_examples", "py"), ("walkthroughs", "annotated_trainers", "md")):
-        here = [name for name in TRAINERS if (ROOT / folder / f"{name}.{ending}").is_file()]
-        links = " ".join(f"[`{name}`]({folder}/{name}.{ending})" for name in here)
-        print(f"| {part} | {links} | {' '.join(f'`{name}`' for name in TRAINERS if name not in here)} |")
+    print("\n| trainer | script | walkthrough | card |\n| --- | --- | --- | --- |")
+    for name, trainer in NAMES.items():
+        card = f"[{quick_reference.title(name)}](ALL_TRAINERS_QUICK_REF.md#{quick_reference.anchor(name)})"
+        script, page = f"annotated_examples/{name}.py", f"annotated_trainers/{name}.md"
+        print(f"| {trainer} | [{name}.py]({script}) | [line by line]({page}) | {card} |")
     print()
 
 
