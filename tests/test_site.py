@@ -22,8 +22,9 @@ from pathlib import Path
 
 import pytest
 import stage
+import which
 from markdown_it import MarkdownIt
-from tables import TRAINERS, quick_facts
+from tables import NAMES, TRAINERS, quick_facts
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDE, PHONE = {"width": 1440, "height": 900}, {"width": 360, "height": 740}
@@ -470,6 +471,29 @@ def test_a_row_is_a_card_on_a_phone_so_that_nothing_scrolls_sideways(page, site)
         "[...document.querySelectorAll('.filter-tables ~ * td')].map(e => e.getBoundingClientRect().right)"
     )
     assert max(wide) <= PHONE["width"]
+
+
+def test_the_menus_of_which_trainer_leave_the_ways_that_fit(page, site):
+    page.goto(f"{site}reference_guides/which_trainer/")
+    trainers, told = page.locator(".pick tbody tr:visible td:nth-child(5)"), page.locator(".pick [role=status]")
+    assert trainers.all_inner_texts() == [NAMES[name] for _, name, _, _ in which.WAYS]
+    page.get_by_label("You have").select_option("pairs: better, worse")
+    page.get_by_label("Models in memory").select_option("at most 1")
+    fits = [NAMES[name] for have, name, models, _ in which.WAYS if have.startswith("pairs") and models <= 1]
+    assert trainers.all_inner_texts() == fits
+    assert told.inner_text() == f"{len(fits)} of {len(which.WAYS)} ways fit."
+    page.get_by_label("Samples while it trains").select_option("yes")
+    assert trainers.count() == 0
+    assert told.inner_text().startswith("No trainer fits")
+
+
+def test_a_flag_in_a_line_stays_in_one_piece(page, site):
+    page.set_viewport_size(PHONE)
+    page.goto(f"{site}reference_guides/which_trainer/")
+    flags = page.locator("code span", has_text="--")
+    assert flags.count() >= 5
+    for flag in flags.all():
+        assert len(flag.evaluate("e => [...e.getClientRects()].map(b => b.top)")) == 1, flag.inner_text()
 
 
 def test_no_other_page_has_the_field(page, site):

@@ -17,14 +17,26 @@
   some()
 }
 
-// A long name in a table may break after a slash, a dot or a bracket: `completions/mean_length`. What is copied stays whole.
-for (const code of document.querySelectorAll(".md-typeset table code")) {
+// Code in a line breaks after a slash, a dot or a bracket (`completions/mean_length`) where it stands in a table, and never
+// behind the hyphens of a flag. What is copied stays whole.
+for (const code of document.querySelectorAll(".md-typeset :not(pre) > code")) {
+  const inTable = code.closest("table")
+  if (!inTable && !/(^|\s)-/.test(code.textContent)) continue
   const walker = document.createTreeWalker(code, NodeFilter.SHOW_TEXT)
   const texts = []
   while (walker.nextNode()) texts.push(walker.currentNode)
   for (const text of texts) {
-    const pieces = text.data.split(/(?<=[\/.([]+)(?=\w)/)
-    if (pieces.length > 1) text.replaceWith(...pieces.flatMap((piece, i) => i ? [document.createElement("wbr"), piece] : piece))
+    const pieces = text.data.split(/((?<!\S)-[^\s/.([]+)/).flatMap(part => {
+      if (part.startsWith("-")) {
+        const flag = document.createElement("span")
+        flag.style.whiteSpace = "nowrap"
+        flag.textContent = part
+        return [flag]
+      }
+      const words = inTable ? part.split(/(?<=[\/.([]+)(?=\w)/) : [part]
+      return words.flatMap((word, i) => i ? [document.createElement("wbr"), word] : [word])
+    }).filter(piece => piece !== "")
+    if (pieces.length > 1 || pieces[0] instanceof Element) text.replaceWith(...pieces)
   }
 }
 
