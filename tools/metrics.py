@@ -24,7 +24,7 @@ OFFLINE = f"sft reward {PAIRS} kto bco gkd prm"
 # said here, and take the new digest.
 READ = {
     "sft": "fb80c92f6cc7",
-    "reward": "97403e59cb36",
+    "reward": "4e3f4ca14303",
     "dpo": "cd930874e981",
     "kto": "d0acfc0de9d7",
     "orpo": "f3e10c692d5a",
