@@ -384,7 +384,7 @@ def test_a_copied_command_waits_for_the_enter_key(page, site):
 
 
 EACH_KIND = ("", "annotated_examples/dpo/", "annotated_trainers/newest_trl/", "reference_guides/notation/")
-EACH_KIND += ("reference_guides/metrics/", "reference_guides/which_trainer/")
+EACH_KIND += ("reference_guides/metrics/", "reference_guides/which_trainer/", "reference_guides/datasets/")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
