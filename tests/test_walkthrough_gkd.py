@@ -682,6 +682,14 @@ def test_answers_are_sampled_in_training_mode_but_for_the_first(make):
     assert seen == [False, True, True]
 
 
+def test_after_an_evaluation_answers_are_sampled_in_evaluation_mode_once(make):
+    rows = make().train_dataset
+    trainer = make(lmbda=1.0, max_steps=3, eval_dataset=rows, eval_strategy="steps", eval_steps=2)
+    seen = while_sampling(trainer.model, lambda model, _: model.training)
+    trainer.train()
+    assert seen == [False, True, False]
+
+
 def test_the_settings_of_checkpointing_are_lost_while_sampling(make):
     def settings(trainer):
         return next(m for m in trainer.model.modules() if hasattr(m, "_gradient_checkpointing_func"))
