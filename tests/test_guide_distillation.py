@@ -16,14 +16,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from markdown_pages import GUIDES, ROOT, fences, formulas, inline_math, run_page, symbols
+from markdown_pages import GUIDES, ROOT, fences, formulas, inline_math, symbols
 from torch.distributions import Categorical, kl_divergence
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 from trl import DistillationConfig, GRPOConfig, SFTTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer, gkd_trainer
 from trl.experimental.utils import DataCollatorForChatML
 from trl.trainer import distillation_trainer, sft_trainer
-from walkthrough_tools import batch_of, comparisons, config, make_trainer, tokenizer
+from walkthrough_tools import batch_of, checked_formulas, comparisons, config, make_trainer, noting, page_of, tokenizer
 
 PAGE = GUIDES / "distillation.md"
 WALKTHROUGH = ROOT / "annotated_trainers" / "gkd.md"
@@ -33,9 +33,7 @@ SEEDS = (0, 1, 2)
 ERRORS, agree = comparisons()[:2]
 
 
-@pytest.fixture(scope="module")
-def page():
-    return run_page(PAGE).namespace
+page = page_of(PAGE)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,45 +42,8 @@ def summary():
     print(f"\n{len(CHECKED)} formulas, {len(ERRORS)} comparisons with TRL, largest error {max(ERRORS, default=0):.1e}")
 
 
-CALLED: set[str] = set()
-CHECKED: dict[str, str] = {}  # formula name -> the test that checks it
-
-
-def checks(*names):
-    """Marks a test as the one that checks these formulas, and fails it if it did not call each of them."""
-
-    def decorate(test):
-        CHECKED.update(dict.fromkeys(names, test.__name__))
-
-        @functools.wraps(test)
-        def run(*args, **kwargs):
-            CALLED.clear()
-            test(*args, **kwargs)
-            missing = {name.replace("-", "_") for name in names} - CALLED
-            assert not missing, f"{test.__name__} never computed {sorted(missing)}"
-
-        return run
-
-    return decorate
-
-
-class Functions(dict):
-    """The functions of the page by name; calling one is noted."""
-
-    def __getitem__(self, name):
-        function = super().__getitem__(name)
-
-        @functools.wraps(function)
-        def noted(*args, **kwargs):
-            CALLED.add(name)
-            return function(*args, **kwargs)
-
-        return noted
-
-
-@pytest.fixture
-def functions(page):
-    return Functions(page)
+CALLED, CHECKED, checks = checked_formulas()
+functions = noting(CALLED)
 
 
 def close(ours, theirs, rel=1e-9) -> None:

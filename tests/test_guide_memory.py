@@ -22,7 +22,7 @@ from memory import COPIES, TOY, TRAINERS, WAYS, peak, predicted, total
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
-from walkthrough_tools import checked_formulas
+from walkthrough_tools import checked_formulas, noting
 
 PAGE = GUIDES / "memory.md"
 TEXT = PAGE.read_text("utf-8")
@@ -37,19 +37,7 @@ def page():
 
 
 CALLED, CHECKED, checks = checked_formulas()
-
-
-class Functions(dict):
-    """The functions of the page by name; taking one is noted."""
-
-    def __getitem__(self, name):
-        CALLED.add(name)
-        return super().__getitem__(name)
-
-
-@pytest.fixture
-def functions(page):
-    return Functions(page)
+functions = noting(CALLED)
 
 
 SHAPES = [  # width, heads, key-value heads, width of a head, of the MLP

@@ -5,7 +5,6 @@ walkthrough's tests: random answers, logits and scores, value and gradient, to 1
 with autograd, or with a sum over everything that can be written. `pytest -s` prints the largest error.
 """
 
-import functools
 import inspect
 import itertools
 import math
@@ -22,7 +21,17 @@ from transformers import AutoModelForCausalLM
 from trl.experimental.nash_md import NashMDConfig, NashMDTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from trl.experimental.xpo import XPOConfig, XPOTrainer
-from walkthrough_tools import QUESTION_ROWS, calls_of, make_trainer, model_folder, reward_model, tokenizer
+from walkthrough_tools import (
+    QUESTION_ROWS,
+    calls_of,
+    checked_formulas,
+    make_trainer,
+    model_folder,
+    noting,
+    page_of,
+    reward_model,
+    tokenizer,
+)
 
 PAGE = GUIDES / "online_preference.md"
 WALKTHROUGHS = [ROOT / "annotated_trainers" / f"{name}.md" for name in ("online_dpo", "xpo", "nash_md")]
@@ -37,13 +46,11 @@ TOKENS = 6  # that every answer has
 checkpoint = model_folder(initializer_range=0.2)
 
 
-@pytest.fixture(scope="module")
-def page():
-    return run_page(PAGE).namespace
+page = page_of(PAGE)
 
 
-CALLED: set[str] = set()
-CHECKED: dict[str, str] = {}  # formula name -> the test that checks it
+CALLED, CHECKED, checks = checked_formulas()
+functions = noting(CALLED)
 ERRORS: list[float] = []
 
 
@@ -54,37 +61,6 @@ def summary():
     yield
     errors = ERRORS + [e for module, n in zip(modules, before, strict=True) for e in module.ERRORS[n:]]
     print(f"\n{len(CHECKED)} formulas, {len(errors)} comparisons with TRL, largest error {max(errors, default=0):.1e}")
-
-
-def checks(*names):
-    """Marks a test as the one that checks these formulas, and fails it if it did not take each of them."""
-
-    def decorate(test):
-        CHECKED.update(dict.fromkeys(names, test.__name__))
-
-        @functools.wraps(test)
-        def run(*args, **kwargs):
-            CALLED.clear()
-            test(*args, **kwargs)
-            missing = {name.replace("-", "_") for name in names} - CALLED
-            assert not missing, f"{test.__name__} never computed {sorted(missing)}"
-
-        return run
-
-    return decorate
-
-
-class Functions(dict):
-    """The functions of the page by name; taking one is noted."""
-
-    def __getitem__(self, name):
-        CALLED.add(name)
-        return super().__getitem__(name)
-
-
-@pytest.fixture
-def functions(page):
-    return Functions(page)
 
 
 def agree(ours, theirs) -> None:

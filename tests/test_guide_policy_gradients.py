@@ -22,15 +22,14 @@ from test_walkthrough_ppo import make, no_collections, random_round  # noqa: F40
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.experimental.ppo import PPOConfig
+from walkthrough_tools import checked_formulas, noting, page_of
 
 PAGE = GUIDES / "policy_gradients.md"
 WALKTHROUGHS = [ROOT / "annotated_trainers" / f"{name}.md" for name in ("grpo", "rloo", "ppo")]
 SEEDS = (0, 1, 2)
 
 
-@pytest.fixture(scope="module")
-def page():
-    return run_page(PAGE).namespace
+page = page_of(PAGE)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,39 +40,8 @@ def summary():
     print(f"\n{len(CHECKED)} formulas, {len(errors)} comparisons with TRL, largest error {max(errors, default=0):.1e}")
 
 
-CALLED: set[str] = set()
-CHECKED: dict[str, str] = {}  # formula name -> the test that checks it
-
-
-def checks(*names):
-    """Marks a test as the one that checks these formulas, and fails it if it did not call each of them."""
-
-    def decorate(test):
-        CHECKED.update(dict.fromkeys(names, test.__name__))
-
-        @functools.wraps(test)
-        def run(*args, **kwargs):
-            CALLED.clear()
-            test(*args, **kwargs)
-            missing = {name.replace("-", "_") for name in names} - CALLED
-            assert not missing, f"{test.__name__} never computed {sorted(missing)}"
-
-        return run
-
-    return decorate
-
-
-class Functions(dict):
-    """The functions of the page by name; taking one is noted."""
-
-    def __getitem__(self, name):
-        CALLED.add(name)
-        return super().__getitem__(name)
-
-
-@pytest.fixture
-def functions(page):
-    return Functions(page)
+CALLED, CHECKED, checks = checked_formulas()
+functions = noting(CALLED)
 
 
 @pytest.fixture
@@ -522,8 +490,11 @@ def test_each_estimator_in_each_place_pushes_as_the_table_says(apart, functions)
     logps = theta.log_softmax(0)
     (of_mean,) = torch.autograd.grad(logps.exp() @ k2(logps, reference), theta)
     in_loss, in_reward = functions["kl_in_the_loss"], functions["kl_in_the_reward"]
-    with_ratio = super(Functions, functions).__getitem__("kl_with_ratio")
-    functions["corrected_kl"]  # what kl_with_ratio differentiates
+    with_ratio = functions["kl_with_ratio"]
+    logps = theta.log_softmax(0)
+    fresh = (logps - logps.detach()).exp()  # the ratio while answers are used once
+    weighted = logps.exp().detach() * functions["corrected_kl"](fresh, logps, reference, k3)
+    close(torch.autograd.grad(weighted.sum(), theta)[0], forward)
     assert in_loss(theta, reference, k1).abs().max() < 1e-12
     close(in_loss(theta, reference, k2), forward)
     close(in_loss(theta, reference, k3), backward)

@@ -5,7 +5,6 @@ functions of the guide: real methods of real trainers on random logits, value an
 What TRL does not have is compared with autograd, or with a sum over everything. `pytest -s` prints the largest error.
 """
 
-import functools
 import inspect
 import itertools
 import math
@@ -26,7 +25,18 @@ from trl.experimental.bco.bco_trainer import RunningMoments
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.experimental.orpo.orpo_trainer import log1mexp
-from walkthrough_tools import LABELLED, PAIRS, comparisons, config, labelled, make_trainer, page_of, save
+from walkthrough_tools import (
+    LABELLED,
+    PAIRS,
+    checked_formulas,
+    comparisons,
+    config,
+    labelled,
+    make_trainer,
+    noting,
+    page_of,
+    save,
+)
 
 PAGE = GUIDES / "reward_and_unpaired_losses.md"
 WALKTHROUGHS = [ROOT / "annotated_trainers" / f"{name}.md" for name in ("reward", "kto", "bco", "orpo", "cpo")]
@@ -53,39 +63,8 @@ def summary():
     print(f"\n{len(CHECKED)} formulas, {len(errors)} comparisons with TRL, largest error {max(errors, default=0):.1e}")
 
 
-CALLED: set[str] = set()
-CHECKED: dict[str, str] = {}  # formula name -> the test that checks it
-
-
-def checks(*names):
-    """Marks a test as the one that checks these formulas, and fails it if it did not take each of them."""
-
-    def decorate(test):
-        CHECKED.update(dict.fromkeys(names, test.__name__))
-
-        @functools.wraps(test)
-        def run(*args, **kwargs):
-            CALLED.clear()
-            test(*args, **kwargs)
-            missing = {name.replace("-", "_") for name in names} - CALLED
-            assert not missing, f"{test.__name__} never computed {sorted(missing)}"
-
-        return run
-
-    return decorate
-
-
-class Functions(dict):
-    """The functions of the page by name; taking one is noted."""
-
-    def __getitem__(self, name):
-        CALLED.add(name)
-        return super().__getitem__(name)
-
-
-@pytest.fixture
-def functions(page):
-    return Functions(page)
+CALLED, CHECKED, checks = checked_formulas()
+functions = noting(CALLED)
 
 
 def close(ours, theirs, rel=1e-9) -> None:

@@ -5,7 +5,6 @@ What Reward, PRM and PPO compute is compared with real methods of real trainers 
 measurement is held by what it must agree with, and its tool by short runs in this process.
 """
 
-import functools
 import inspect
 import itertools
 import json
@@ -22,13 +21,13 @@ import test_walkthrough_prm as prm
 import torch
 import transformers
 from datasets import Dataset
-from markdown_pages import GUIDES, ROOT, fences, formulas, inline_math, run_page, symbols
+from markdown_pages import GUIDES, ROOT, fences, formulas, inline_math, symbols
 from test_walkthrough_prm import make, random_loss  # noqa: F401  (fixtures)
 from transformers import PrinterCallback, Qwen3Config, Qwen3ForSequenceClassification, Qwen3ForTokenClassification
 from trl import GRPOTrainer, RewardConfig, RewardTrainer, RLOOTrainer
 from trl.experimental import nash_md, online_dpo, ppo, xpo
 from trl.experimental.utils import get_reward
-from walkthrough_tools import CHECKPOINTING, PAIRS, config, tokenizer
+from walkthrough_tools import CHECKPOINTING, PAIRS, checked_formulas, config, noting, page_of, tokenizer
 
 PAGE = GUIDES / "reward_models.md"
 WALKTHROUGHS = [ROOT / "annotated_trainers" / f"{name}.md" for name in ("reward", "prm", "ppo")]
@@ -39,9 +38,7 @@ PAD = 0
 ERRORS: list[float] = []
 
 
-@pytest.fixture(scope="module")
-def page():
-    return run_page(PAGE).namespace
+page = page_of(PAGE)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,39 +49,8 @@ def summary():
     print(f"\n{len(CHECKED)} formulas, {len(errors)} comparisons with TRL, largest error {max(errors, default=0):.1e}")
 
 
-CALLED: set[str] = set()
-CHECKED: dict[str, str] = {}  # formula name -> the test that checks it
-
-
-def checks(*names):
-    """Marks a test as the one that checks these formulas, and fails it if it did not call each of them."""
-
-    def decorate(test):
-        CHECKED.update(dict.fromkeys(names, test.__name__))
-
-        @functools.wraps(test)
-        def run(*args, **kwargs):
-            CALLED.clear()
-            test(*args, **kwargs)
-            missing = {name.replace("-", "_") for name in names} - CALLED
-            assert not missing, f"{test.__name__} never computed {sorted(missing)}"
-
-        return run
-
-    return decorate
-
-
-class Functions(dict):
-    """The functions of the page by name; taking one is noted."""
-
-    def __getitem__(self, name):
-        CALLED.add(name)
-        return super().__getitem__(name)
-
-
-@pytest.fixture
-def functions(page):
-    return Functions(page)
+CALLED, CHECKED, checks = checked_formulas()
+functions = noting(CALLED)
 
 
 def agree(ours, theirs) -> None:

@@ -189,6 +189,29 @@ def checked_formulas():
     return called, checked, checks
 
 
+def noting(called: set[str]):
+    """A fixture: the functions of the page by name; calling one is noted in `called`, for `checks`."""
+
+    class Functions(dict):
+        def __getitem__(self, name):
+            function = super().__getitem__(name)
+            if not callable(function):
+                return function
+
+            @functools.wraps(function)
+            def noted(*args, **kwargs):
+                called.add(name)
+                return function(*args, **kwargs)
+
+            return noted
+
+    @pytest.fixture
+    def functions(page):
+        return Functions(page)
+
+    return functions
+
+
 # --- a tokenizer and models -----------------------------------------------------------------------------------------------
 
 TEMPLATE = (
