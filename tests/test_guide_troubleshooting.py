@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from dataclasses import MISSING
+from statistics import mean
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -33,6 +34,17 @@ CHECKS = {}  # entry -> (what must hold of the symptom and of the remedy, how th
 def shows(name: str, **shorter):
     def register(check):
         CHECKS[name] = check, shorter
+        return check
+
+    return register
+
+
+LINES = {}  # entry -> what its committed curves must show
+
+
+def curves(name: str):
+    def register(check):
+        LINES[name] = check
         return check
 
     return register
@@ -111,10 +123,15 @@ def _(wrong, right):
     assert wrong["tokens learned"] > right["tokens learned"]
 
 
-@shows("cut_before_the_difference")
+@shows("cut_before_the_difference", steps=3)
 def _(wrong, right):
     assert wrong["loss, last step"] == LOG_2 and wrong["grad_norm, last step"] < 1e-4
     assert right["loss, last step"] < 0.692 and right["grad_norm, last step"] > 0.1
+
+
+@curves("cut_before_the_difference")
+def _(loss):
+    assert all(value == LOG_2 for value in loss["wrong"]) and loss["right"][-1] < 0.6 < loss["right"][0] == LOG_2
 
 
 @shows("pad_is_eos", steps=8)
@@ -125,18 +142,35 @@ def _(wrong, right):
     assert right["answers that end, after"] > 0.6
 
 
+@curves("pad_is_eos")
+def _(ends):
+    assert max(ends["wrong"]) < 0.2 and ends["right"][-1] > 0.9
+
+
 @shows("learning_rate", steps=6)
 def _(wrong, right):
     assert wrong["loss, last step"] > 1 > 10 * right["loss, last step"]
     assert wrong["right answers"] < 0.1 < right["right answers, before"] <= right["right answers"]
 
 
-@shows("weights_do_not_move")
+@curves("learning_rate")
+def _(loss):
+    assert max(loss["wrong"]) > 5 * loss["wrong"][0] and loss["wrong"][-1] > 1 and max(loss["right"]) < 1
+
+
+@shows("weights_do_not_move", steps=4)
 def _(wrong, right):
     assert wrong["weights that a step changes"] < 0.05 and right["weights that a step changes"] > 0.99
+    change = "loss, change over the run"
+    assert right[change] < -1e-4 and right[change] < 20 * wrong[change]
 
 
-@shows("gradient_accumulation", names=("dpo", "kto", "orpo", "prm"))
+@curves("weights_do_not_move")
+def _(loss):
+    assert all(right < 20 * wrong < 0 for wrong, right in zip(loss["wrong"], loss["right"], strict=True))
+
+
+@shows("gradient_accumulation", names=("dpo", "kto", "orpo", "prm"), steps=2)
 def _(wrong, right):
     names = [label.split(":")[0] for label in wrong if label.endswith("off by")]
     off = {name: wrong[f"{name}: gradient is off by"] for name in names}
@@ -148,6 +182,12 @@ def _(wrong, right):
             assert off[name] > 0.02 and apart > 0.01, name
     assert off["PRM"] == pytest.approx(3, abs=0.01)  # four times the gradient
     assert wrong["PRM: loss"] == pytest.approx(4 * right["PRM: loss"], rel=1e-3)
+
+
+@curves("gradient_accumulation")
+def _(prm, dpo):
+    assert prm["wrong"] == pytest.approx([4 * loss for loss in prm["right"]], rel=1e-2)
+    assert dpo["wrong"] == pytest.approx(dpo["right"], abs=1e-3)
 
 
 @shows("out_of_memory")
@@ -162,9 +202,20 @@ def _(wrong, right):
         assert side["largest |loss|"] < 1e-5 and side["grad_norm"] > 0.01 and side["reward"] > 0.4
 
 
+@curves("grpo_loss_zero")
+def _(run):
+    loss, reward = run["wrong"], run["right"]
+    assert max(map(abs, loss)) < 1e-5 and mean(reward[-6:]) > mean(reward[:6])
+
+
 @shows("clip_ratio_zero", steps=2)
 def _(wrong, right):
     assert wrong["largest clip_ratio/region_mean"] == 0 < right["largest clip_ratio/region_mean"]
+
+
+@curves("clip_ratio_zero")
+def _(ratio):
+    assert not any(ratio["wrong"]) and not any(ratio["right"][::2]) and any(ratio["right"][1::2])
 
 
 @shows("grpo_loss_rises", steps=3)
@@ -174,16 +225,36 @@ def _(wrong, right):
     assert abs(right["loss, last step"]) < 1e-5
 
 
-@shows("no_variance")
-def _(wrong, right):
-    assert wrong["reward"] == 1 and wrong["frac_reward_zero_std"] == 1 and wrong["grad_norm"] == 0
-    assert right["frac_reward_zero_std"] < 1 and right["grad_norm"] > 0.01
+@curves("grpo_loss_rises")
+def _(loss):
+    assert abs(loss["wrong"][0]) < 1e-5 and mean(loss["wrong"][-4:]) > 3 * mean(loss["wrong"][:8]) > 0
+    assert max(map(abs, loss["right"])) < 1e-5
 
 
-@shows("answers_cut")
+@shows("no_variance", steps=2)
 def _(wrong, right):
-    assert wrong["completions/clipped_ratio"] == 1 and wrong["reward"] == 0 and wrong["frac_reward_zero_std"] == 1
-    assert right["completions/clipped_ratio"] < 0.2 and right["reward"] > 0.3
+    assert wrong["reward, mean"] == 1 and wrong["frac_reward_zero_std, mean"] == 1 and wrong["largest grad_norm"] == 0
+    assert wrong["right answers, after"] == wrong["right answers, before"]
+    assert right["frac_reward_zero_std, mean"] < 1 and right["largest grad_norm"] > 0.01
+
+
+@curves("no_variance")
+def _(norm):
+    assert not any(norm["wrong"]) and min(norm["right"]) > 0.01
+    then = MEASURED["no_variance"]["right"]
+    assert then["right answers, after"] > then["right answers, before"] + 0.1
+
+
+@shows("answers_cut", steps=2)
+def _(wrong, right):
+    assert wrong["completions/clipped_ratio, mean"] == 1 == wrong["frac_reward_zero_std, mean"]
+    assert wrong["completions/mean_length, mean"] == 16 and wrong["reward, mean"] == 0
+    assert right["completions/clipped_ratio, mean"] < 0.2 and right["reward, mean"] > 0.3
+
+
+@curves("answers_cut")
+def _(reward):
+    assert not any(reward["wrong"]) and mean(reward["right"][-4:]) > mean(reward["right"][:4]) + 0.1
 
 
 @shows("wrong_end_token")
@@ -215,10 +286,21 @@ def _(first, last):
     assert last["loss"] < 0.69 and last["rewards/accuracies"] > 0.5 and last["rewards/margins"] > 0
 
 
-@shows("accuracy_zero_or_one", steps=2)
+@curves("dpo_first_step")
+def _(run):
+    loss, accuracy = run["wrong"], run["right"]
+    assert loss[0] == LOG_2 and loss[-1] < 0.68 and accuracy[0] == 0 and min(accuracy[1:]) > 0.8
+
+
+@shows("accuracy_zero_or_one", steps=8)
 def _(wrong, right):
-    assert set(wrong["values"].split()) <= {"0.00", "1.00"}
-    assert right["pairs of a log line"] > wrong["pairs of a log line"] == 1
+    assert wrong["of them between 0 and 1"] == 0 < right["of them between 0 and 1"]
+    assert right["pairs of a log line"] > wrong["pairs of a log line"] == 1 and wrong["lines"] == right["lines"]
+
+
+@curves("accuracy_zero_or_one")
+def _(accuracy):
+    assert set(accuracy["wrong"]) == {0.0, 1.0} < set(accuracy["right"])
 
 
 @shows("chosen_falls", steps=16)
@@ -230,11 +312,21 @@ def _(wrong, right):
     assert right["logps/chosen"] > wrong["logps/chosen"] + 0.5
 
 
+@curves("chosen_falls")
+def _(reward):
+    assert mean(reward["wrong"][-5:]) < -0.2 < 0 < mean(reward["right"][-5:])
+
+
 @shows("dpo_loss_zero", steps=6)
 def _(wrong, right):
     assert wrong["loss"] < 0.01 and wrong["rewards/accuracies"] == 1 and wrong["rewards/margins"] > 5
     assert right["loss"] > 0.4
     assert wrong["right answers (0.70 before)"] < right["right answers (0.70 before)"] - 0.05
+
+
+@curves("dpo_loss_zero")
+def _(loss):
+    assert max(loss["wrong"][5:]) < 1e-3 and min(loss["right"]) > 0.5
 
 
 @shows("stale_reference")
@@ -283,9 +375,23 @@ def _(wrong, right):
     assert wrong["below 0"] > right["below 0"] and wrong["smallest"] < 0 and wrong["smallest"] < right["smallest"]
 
 
-@shows("ppo_random_reward")
+@curves("ppo_negative_kl")
+def _(kl):
+    for side in ("wrong", "right"):
+        entry = MEASURED["ppo_negative_kl"][side]
+        assert entry["below 0"] == sum(value < 0 for value in kl[side]) and entry["smallest"] == min(kl[side])
+
+
+@shows("ppo_random_reward", steps=1)
 def _(wrong, right):
     assert 0.2 < wrong["pairs in the right order"] < 0.8 and right["pairs in the right order"] > 0.95
+    assert right["after"] >= wrong["after"]
+
+
+@curves("ppo_random_reward")
+def _(solved):
+    before = MEASURED["ppo_random_reward"]["right"]["right answers, before PPO"]
+    assert max(solved["wrong"]) <= before < before + 0.1 < solved["right"][-1]
 
 
 # ------------------------------------------------------------------------------ the commands
@@ -337,8 +443,34 @@ def test_a_check_notices_a_missing_symptom_and_a_useless_remedy(name):
 def test_what_the_page_quotes_is_made_from_the_measurement():
     reports = [tool.report(name, MEASURED[name]) for name in ENTRIES]
     assert "\n".join(reports) == RESULT.with_suffix(".txt").read_text("utf-8")
-    assert tool.digest("troubleshooting") in RESULT.with_suffix(".svg").read_text("utf-8")
     assert json.loads(RESULT.read_text())["command"] == "python tools/troubleshooting.py --write"
+
+
+def test_every_entry_with_curves_has_their_check_and_their_picture():
+    drawn = {name for name, entry in MEASURED.items() if entry.get("curves")}
+    assert drawn == set(LINES) == {path.stem for path in tool.PICTURES.iterdir()}
+    for name in drawn:
+        assert tool.drawn_from(MEASURED[name]) in tool.picture(name).read_text("utf-8"), name
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_the_curves_show_what_the_entry_says(name):
+    LINES[name](*MEASURED[name]["curves"].values())
+
+
+@pytest.mark.parametrize("name", [name for name in LINES if name not in ("grpo_loss_zero", "dpo_first_step")])
+def test_a_check_of_curves_notices_two_equal_runs(name):
+    for side in ("wrong", "right"):
+        same = [
+            values | dict.fromkeys(("wrong", "right"), values[side]) for values in MEASURED[name]["curves"].values()
+        ]
+        with pytest.raises(AssertionError):
+            LINES[name](*same)
+
+
+def test_a_picture_is_told_in_words():
+    told = tool.told_in_words(tool.curve("loss", [0.5, 0.25], [1, 0], names=("before", "after"), of="round"))
+    assert told == "loss by round: before from 0.5000 to 0.2500, after from 1.0000 to 0.0000"
 
 
 def command(monkeypatch, capsys, *arguments) -> str:

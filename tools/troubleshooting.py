@@ -4,7 +4,7 @@
     python tools/troubleshooting.py pad_is_eos                 # one of them, a few seconds each
     python tools/troubleshooting.py all
     python tools/troubleshooting.py chosen_falls --steps 5     # shorter, where something is trained
-    python tools/troubleshooting.py --write                    # all, into expected/troubleshooting.json, .txt and .svg
+    python tools/troubleshooting.py --write                    # all: expected/troubleshooting.json, .txt, and a folder of curves
     python tools/troubleshooting.py --write kto_batch_of_one   # only this one; the others keep their numbers
     python tools/troubleshooting.py --picture                  # only draws the curves again
 
@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -38,12 +39,13 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import formats
 from drift import slug
-from expected import EXPECTED, PACKAGES, digest, machine
+from expected import EXPECTED, PACKAGES, machine
 from formats import NAMES, TOY, assistant
 from tables import TRAINERS, made_with
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = EXPECTED / "troubleshooting.json"
+PICTURES = EXPECTED / "troubleshooting"  # NAME.svg for each entry with curves
 TRL = "https://github.com/huggingface/trl/issues/"
 
 
@@ -147,9 +149,11 @@ def key(log: list[dict], name: str) -> list[float]:
     return [line[name] for line in log if name in line]
 
 
-def curve(label: str, wrong: list[float], right: list[float], every: int = 1, names=None) -> dict:
+def curve(label: str, wrong: list[float], right: list[float], every: int = 1, names=None, of: str = "step") -> dict:
+    """Two lines of one panel: a value at each `every`-th step (or whatever `of` says) of both runs."""
     steps = [every * (n + 1) for n in range(len(wrong))]
-    return {label: {"step": steps, "wrong": wrong, "right": right} | ({"names": list(names)} if names else {})}
+    names = names or ("as met", "remedy")
+    return {label: {"of": of, "step": steps, "wrong": wrong, "right": right, "names": list(names)}}
 
 
 def prompts(count: int, split: str = "test") -> list[list[int]]:
@@ -421,15 +425,17 @@ def all_too_long() -> dict:
 
 
 @symptom("Loss stays at 0.6931 and grad_norm at 0: every pair is cut", ("dpo",))
-def cut_before_the_difference(steps: int = 3) -> dict:
+def cut_before_the_difference(steps: int = 16) -> dict:
     """A pair that differs only behind max_length is two equal answers, and teaches nothing."""
     data = [row for row in rows("preference", 64) if same_beginning(row) > 12][:12]
 
     def seen(**settings):
         log = trained(trainer("dpo", data, max_steps=steps, learning_rate=1e-4, **settings))
-        return {"loss, last step": log[-1]["loss"], "grad_norm, last step": log[-1]["grad_norm"]}
+        found = {"loss, last step": log[-1]["loss"], "grad_norm, last step": log[-1]["grad_norm"]}
+        return found, key(log, "loss")
 
-    return compared("max_length=24", "max_length=64", seen(max_length=24), seen(max_length=64))
+    (wrong, w), (right, r) = seen(max_length=24), seen(max_length=64)
+    return compared("max_length=24", "max_length=64", wrong, right, curves=curve("loss", w, r))
 
 
 def same_beginning(row: dict) -> int:
@@ -528,28 +534,48 @@ def learning_rate(steps: int = 20) -> dict:
 
 
 @symptom("The loss does not move: bfloat16 weights and a small learning rate", ("cpo", "orpo", "bco"))
-def weights_do_not_move() -> dict:
+def weights_do_not_move(steps: int = 40) -> dict:
     """An optimizer step smaller than half the distance of two bfloat16 numbers is rounded away."""
     import torch
+    from transformers import TrainerCallback
 
-    data = rows("preference", 16)
+    data, every = rows("preference", 16), max(1, steps // 10)
+    scale = trainer("cpo", data, toy(), per_device_train_batch_size=16)
+    batch = next(iter(scale.get_train_dataloader()))
+
+    def weighed(model) -> float:
+        """The loss of a model's weights, computed in float32 whatever they are stored in."""
+        scale.model.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            return float(scale.get_batch_loss_metrics(scale.model, batch)[0])
 
     def seen(dtype):
-        model = toy().to(dtype)
+        model, moved, losses = toy().to(dtype), [], []
         before = [weight.detach().clone() for weight in model.parameters()]
-        trained(trainer("cpo", data, model, learning_rate=1e-6))
-        moved = sum(int((a != b).sum()) for a, b in zip(before, model.parameters(), strict=True))
-        return {"weights that a step changes": moved / sum(weight.numel() for weight in before)}
+        start = weighed(model)
 
-    wrong, right = seen(torch.bfloat16), seen(torch.float32)
-    return compared("a bfloat16 model, learning_rate=1e-6", "the same in float32", wrong, right)
+        class Look(TrainerCallback):
+            def on_step_end(self, args, state, control, **_):
+                if state.global_step == 1:
+                    pairs = zip(before, model.parameters(), strict=True)
+                    moved.append(sum(int((a != b).sum()) for a, b in pairs) / sum(w.numel() for w in before))
+                if state.global_step % every == 0:
+                    losses.append(weighed(model) - start)
+
+        settings = {"max_steps": steps, "learning_rate": 1e-6, "per_device_train_batch_size": 16}
+        trained(trainer("cpo", data, model, given={"callbacks": [Look()]}, **settings))
+        return {"weights that a step changes": moved[0], "loss, change over the run": losses[-1]}, losses
+
+    (wrong, w), (right, r) = seen(torch.bfloat16), seen(torch.float32)
+    curves = curve("loss, change since the start", w, r, every)
+    return compared("a bfloat16 model, learning_rate=1e-6", "the same in float32", wrong, right, curves=curves)
 
 
 ACCUMULATED = ("sft", "reward", "dpo", "kto", "orpo", "cpo", "bco", "gkd", "prm")
 
 
 @symptom("Gradient accumulation changes the loss", ACCUMULATED, (2604, 2175))
-def gradient_accumulation(names: tuple[str, ...] = ACCUMULATED) -> dict:
+def gradient_accumulation(names: tuple[str, ...] = ACCUMULATED, steps: int = 16) -> dict:
     """Eight rows at once, and the same eight as four micro-batches of two: is it the same gradient?"""
     import torch
     from transformers import TrainerCallback
@@ -591,7 +617,22 @@ def gradient_accumulation(names: tuple[str, ...] = ACCUMULATED) -> dict:
         apart = float((whole - parts).norm() / whole.norm())
         wrong[f"{NAMES[name]}: gradient is off by"] = 0.0 if apart < 1e-3 else apart
         right[f"{NAMES[name]}: gradient is off by"] = 0.0
-    return compared("4 micro-batches of 2 rows", "1 batch of 8 rows", wrong, right, heads=["4 x 2", "1 x 8"])
+    done = "4 micro-batches of 2 rows", "1 batch of 8 rows"
+    curves = {**losses("prm", steps), **losses("dpo", steps)}
+    return compared(*done, wrong, right, heads=["4 x 2", "1 x 8"], curves=curves)
+
+
+def losses(name: str, steps: int) -> dict:
+    """The logged loss of one trainer over the same rows in micro-batches of two and in batches of eight."""
+    kind, more = {"prm": ("AutoModelForTokenClassification", {"num_labels": 2})}.get(name, ("AutoModelForCausalLM", {}))
+    data = rows({"prm": "stepwise_supervision"}.get(name, "preference"), 8 * steps)
+
+    def seen(batch, count):
+        settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": count}
+        made = trainer(name, data, toy(kind=kind, **more), max_steps=steps, learning_rate=1e-4, **settings)
+        return key(trained(made), "loss")
+
+    return curve(f"loss of {NAMES[name]}", seen(2, 4), seen(8, 1), names=("4 x 2", "1 x 8"))
 
 
 def uneven(name: str) -> list[dict]:
@@ -674,20 +715,22 @@ def grpo_loss_zero(steps: int = 24) -> dict:
 
 
 @symptom("GRPO: clip_ratio is always 0", ("grpo", "rloo"), (3120,))
-def clip_ratio_zero(steps: int = 4) -> dict:
+def clip_ratio_zero(steps: int = 12) -> dict:
     """With answers that are used once there is nothing to clip. With several steps for each round there is."""
 
     def seen(**more):
         settings = group(max_steps=steps, learning_rate=1e-3, **more)
         log = trained(trainer("grpo", rows("prompt_only", 64), None, None, {"reward_funcs": exact}, **settings))
-        return {"largest clip_ratio/region_mean": max(key(log, "clip_ratio/region_mean"))}
+        found = key(log, "clip_ratio/region_mean")
+        return {"largest clip_ratio/region_mean": max(found)}, found
 
-    wrong, right = seen(), seen(num_iterations=2)
-    return compared("num_iterations=1, the default", "num_iterations=2", wrong, right)
+    (wrong, w), (right, r) = seen(), seen(num_iterations=2)
+    curves = curve("clip_ratio/region_mean", w, r)
+    return compared("num_iterations=1, the default", "num_iterations=2", wrong, right, curves=curves)
 
 
 @symptom("GRPO: the loss rises", ("grpo",), (2703,))
-def grpo_loss_rises(steps: int = 8) -> dict:
+def grpo_loss_rises(steps: int = 16) -> dict:
     """With beta the loss is beta times the distance to the reference, which starts at 0 and can only grow."""
 
     def seen(beta):
@@ -696,36 +739,48 @@ def grpo_loss_rises(steps: int = 8) -> dict:
         found = {"loss, first step": log[0]["loss"], "loss, last step": log[-1]["loss"]}
         if beta:
             found["beta * kl, last step"] = beta * log[-1]["kl"]
-        return found
+        return found, key(log, "loss")
 
-    return compared("beta=0.1", "beta=0, the default", seen(0.1), seen(0.0))
+    (wrong, w), (right, r) = seen(0.1), seen(0.0)
+    return compared("beta=0.1", "beta=0, the default", wrong, right, curves=curve("loss", w, r))
 
 
 @symptom("GRPO: frac_reward_zero_std is 1 and nothing is learned", SAMPLE[:2], (5697, 6263))
-def no_variance() -> dict:
+def no_variance(steps: int = 16) -> dict:
     """Where all answers of a group earn the same, no answer is better than another, and there is no gradient."""
 
     def form(completions, **_):
         return [float("#" in c[0]["content"]) for c in completions]  # which all of them have
 
     def seen(reward):
-        (line,) = trained(trainer("grpo", rows("prompt_only", 8), None, None, {"reward_funcs": reward}, **group()))
-        return {name: line[name] for name in ("reward", "frac_reward_zero_std", "grad_norm")}
+        model, settings = toy(), group(max_steps=steps, learning_rate=3e-4, per_device_train_batch_size=32)
+        log = trained(
+            trainer("grpo", rows("prompt_only", 4 * steps), model, None, {"reward_funcs": reward}, **settings)
+        )
+        found = {f"{name}, mean": sum(key(log, name)) / len(log) for name in ("reward", "frac_reward_zero_std")}
+        found["largest grad_norm"] = max(key(log, "grad_norm"))
+        found |= {"right answers, before": right_ones(toy(), 128), "right answers, after": right_ones(model, 128)}
+        return found, key(log, "grad_norm")
 
-    return compared("a reward that all answers earn", "a reward that some earn", seen(form), seen(exact))
+    (wrong, w), (right, r) = seen(form), seen(exact)
+    done = "a reward that all answers earn"
+    return compared(done, "a reward that some earn", wrong, right, curves=curve("grad_norm", w, r))
 
 
 @symptom("GRPO: completions/clipped_ratio is 1.0, all answers are cut", ("grpo", "rloo"), (6263, 5697))
-def answers_cut() -> dict:
+def answers_cut(steps: int = 16) -> dict:
     """An answer that is cut before its result earns nothing, however good it was."""
 
     def seen(tokens):
-        settings = group(max_completion_length=tokens)
-        (line,) = trained(trainer("grpo", rows("prompt_only", 8), None, None, {"reward_funcs": exact}, **settings))
+        settings = group(max_completion_length=tokens, max_steps=steps, learning_rate=3e-4)
+        settings["per_device_train_batch_size"] = 32
+        log = trained(trainer("grpo", rows("prompt_only", 4 * steps), None, None, {"reward_funcs": exact}, **settings))
         names = ("completions/clipped_ratio", "completions/mean_length", "reward", "frac_reward_zero_std")
-        return {name: line[name] for name in names}
+        return {f"{name}, mean": sum(key(log, name)) / len(log) for name in names}, key(log, "reward")
 
-    return compared("max_completion_length=16", "max_completion_length=48", seen(16), seen(48))
+    (wrong, w), (right, r) = seen(16), seen(48)
+    done = "max_completion_length="
+    return compared(f"{done}16", f"{done}48", wrong, right, curves=curve("reward", w, r))
 
 
 @symptom("GRPO: all answers are cut at any max_completion_length", SAMPLE)
@@ -806,21 +861,24 @@ def dpo_first_step(steps: int = 10) -> dict:
     log = trained(trainer("dpo", rows("preference", 16 * steps), **settings))
     names = ("loss", "rewards/accuracies", "rewards/chosen", "rewards/margins")
     first, last = ({name: line[name] for name in names} for line in (log[0], log[-1]))
-    return compared("the first step", f"step {steps} of the same run", first, last, heads=["first", "last"])
+    curves = curve("one run", key(log, "loss"), key(log, "rewards/accuracies"), names=("loss", "rewards/accuracies"))
+    done = "the first step", f"step {steps} of the same run"
+    return compared(*done, first, last, heads=["first", "last"], curves=curves)
 
 
 @symptom("DPO: rewards/accuracies is only ever 0 or 1", PAIRS, (2371,))
-def accuracy_zero_or_one(steps: int = 6) -> dict:
+def accuracy_zero_or_one(steps: int = 20) -> dict:
     """An accuracy over one pair cannot be anything else."""
 
     def seen(batch):
         settings = {"max_steps": steps, "per_device_train_batch_size": batch, "learning_rate": 3e-5}
-        log = trained(trainer("dpo", rows("preference", 96), **settings))
-        values = sorted(set(key(log, "rewards/accuracies")))
-        return {"pairs of a log line": batch, "values": " ".join(f"{value:.2f}" for value in values)}
+        found = key(trained(trainer("dpo", rows("preference", 16 * steps), **settings)), "rewards/accuracies")
+        between = sum(value not in (0, 1) for value in found)
+        return {"pairs of a log line": batch, "lines": len(found), "of them between 0 and 1": between}, found
 
-    done = "per_device_train_batch_size=1"
-    return compared(f"{done}, logging_steps=1", "16 pairs", seen(1), seen(16))
+    (wrong, w), (right, r) = seen(1), seen(16)
+    done = "per_device_train_batch_size="
+    return compared(f"{done}1, logging_steps=1", f"{done}16", wrong, right, curves=curve("rewards/accuracies", w, r))
 
 
 @symptom("DPO: rewards/chosen is negative, the chosen log-probability falls", PAIRS, (1236,))
@@ -852,10 +910,11 @@ def dpo_loss_zero(steps: int = 12) -> dict:
         settings = {"max_steps": steps, "learning_rate": 2e-4, "per_device_train_batch_size": 8}
         log = trained(trainer("dpo", data, model, **settings))
         found = {name: log[-1][name] for name in ("loss", "rewards/accuracies", "rewards/margins")}
-        return found | {"right answers (0.70 before)": right_ones(model, 128)}
+        return found | {"right answers (0.70 before)": right_ones(model, 128)}, key(log, "loss")
 
-    wrong, right = seen(easy), seen(real)
-    return compared("rejected: the same phrase in every pair", "rejected: wrong sums of the model itself", wrong, right)
+    (wrong, w), (right, r) = seen(easy), seen(real)
+    done = "rejected: the same phrase in every pair", "rejected: wrong sums of the model itself"
+    return compared(*done, wrong, right, curves=curve("loss", w, r))
 
 
 @symptom("DPO: the loss is not 0.6931 at the first step", ("dpo",))
@@ -1022,26 +1081,31 @@ def ppo_first_kl() -> dict:
 
 
 @symptom("PPO: objective/kl is negative", ("ppo",), (615, 1098))
-def ppo_negative_kl(steps: int = 6) -> dict:
+def ppo_negative_kl(steps: int = 12) -> dict:
     """The logged KL is an estimate from a few answers. Near the reference its noise is larger than it is itself."""
 
     def seen(answers):
         settings = {"per_device_train_batch_size": answers, "total_episodes": answers * steps, "learning_rate": 1e-4}
         log = trained(ppo({}, **settings))
         found = key(log, "objective/kl")[1:]  # in the first round policy and reference are the same
-        return {"rounds": len(found), "below 0": sum(kl < 0 for kl in found), "smallest": min(found)}
+        return {"rounds": len(found), "below 0": sum(kl < 0 for kl in found), "smallest": min(found)}, found
 
-    return compared("8 answers a round", "32 answers a round", seen(8), seen(32))
+    (wrong, w), (right, r) = seen(8), seen(32)
+    done = "8 answers a round", "32 answers a round"
+    curves = curve("objective/kl", w, r, of="round after the first")
+    return compared(*done, wrong, right, curves=curves)
 
 
 @symptom(
     "PPO does not learn: is it the policy, the reward model, or PPO?", ("ppo", "online_dpo", "nash_md", "xpo"), (2015,)
 )
-def ppo_random_reward() -> dict:
+def ppo_random_reward(steps: int = 12) -> dict:
     """A language model loaded as a classifier gets a random head. Its order of good and bad answers shows it."""
     import torch
+    from transformers import TrainerCallback
 
     tokenizer, pairs = formats.toy_tokenizer(), rows("preference", 64, "test")
+    every = max(1, steps // 6)
 
     def seen(model):
         better = 0
@@ -1052,10 +1116,24 @@ def ppo_random_reward() -> dict:
                 with torch.no_grad():
                     scores.append(float(model(input_ids=torch.tensor([ids])).logits))
             better += scores[0] > scores[1]
-        return {"pairs in the right order": better / len(pairs)}
+        policy, solved = toy(), []
 
-    wrong = seen(toy(kind="AutoModelForSequenceClassification", num_labels=1).eval())
-    return compared("a language model as reward model", "a trained reward model", wrong, seen(judge().eval()))
+        class Look(TrainerCallback):
+            def on_step_end(self, args, state, control, **_):
+                if state.global_step % every == 0:
+                    solved.append(right_ones(policy, 128))
+
+        settings = {"per_device_train_batch_size": 32, "total_episodes": 32 * steps, "learning_rate": 1e-4}
+        settings |= {"num_ppo_epochs": 2, "num_mini_batches": 2, "kl_coef": 1.0}
+        given = {"model": policy, "reward_model": model, "value_model": copy.deepcopy(model), "callbacks": [Look()]}
+        trained(ppo(given, **settings))
+        found = {"pairs in the right order": better / len(pairs)}
+        return found | {"right answers, before PPO": right_ones(toy(), 128), "after": solved[-1]}, solved
+
+    wrong, w = seen(toy(kind="AutoModelForSequenceClassification", num_labels=1).eval())
+    right, r = seen(judge().eval())
+    curves = curve("right answers", w, r, every, of="round")
+    return compared("a language model as reward model", "a trained reward model", wrong, right, curves=curves)
 
 
 # ------------------------------------------------------------------------------ the run and its output
@@ -1183,9 +1261,11 @@ def by_trainer() -> None:
 
 
 def shown_on_page(name: str) -> None:
-    """What the command of an entry prints, from the committed measurement, and where people met it."""
-    path = RESULT.with_suffix(".txt").relative_to(ROOT).as_posix()
-    print(f"\n<!-- output: {path} -->\n```text\n{report(name, measured()[name])}```\n")
+    """What the command of an entry prints, from the committed measurement, its curves, and where people met it."""
+    path, entry = RESULT.with_suffix(".txt").relative_to(ROOT).as_posix(), measured()[name]
+    print(f"\n<!-- output: {path} -->\n```text\n{report(name, entry)}```\n")
+    if curves := entry.get("curves"):
+        print(f"![{told_in_words(curves)}](../{picture(name).relative_to(ROOT).as_posix()})\n")
     if links := ", ".join(f"[#{number}]({TRL}{number})" for number in ENTRIES[name].threads):
         print(f"Met in {links}.\n")
 
@@ -1195,31 +1275,56 @@ def made_on() -> None:
     print(f"\n`{whole['command']}`; {made_with(whole)}.\n")
 
 
+def picture(name: str) -> Path:
+    return PICTURES / f"{name}.svg"
+
+
+def told_in_words(curves: dict) -> str:
+    """What the curves show, for those who cannot see them: where each line begins and ends."""
+    said = []
+    for label, values in curves.items():
+        ends = [
+            f"{who} from {shown(float(values[side][0]))} to {shown(float(values[side][-1]))}"
+            for who, side in zip(values["names"], ("wrong", "right"), strict=True)
+        ]
+        said.append(f"{label} by {values['of']}: {', '.join(ends)}")
+    return "; ".join(said)
+
+
+def drawn_from(entry: dict) -> str:
+    """What ties a picture to the curves that it shows."""
+    return hashlib.sha256(json.dumps(entry["curves"]).encode()).hexdigest()[:16]
+
+
 def draw() -> None:
-    """The curves of all entries that have some, as SVG: the symptom in red, the remedy in blue."""
+    """The curves of each entry that has some, as SVG: the symptom in red, the remedy in blue."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams.update(
-        {"svg.hashsalt": "expected", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+        {"svg.hashsalt": "troubleshooting", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     )
     import matplotlib.pyplot as plt
 
-    curves = [(name, label, values) for name, e in measured().items() for label, values in e.get("curves", {}).items()]
-    columns = 2
-    lines = -(-len(curves) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(9, 2.4 * lines), layout="constrained", squeeze=False)
-    for (name, label, values), axis in zip(curves, axes.flat, strict=False):
-        names = values.get("names", ("as met", "remedy"))
-        axis.plot(values["step"], values["wrong"], color="#b5432a", linewidth=1.4, label=names[0])
-        axis.plot(values["step"], values["right"], color="#2a5d8f", linewidth=1.4, linestyle="--", label=names[1])
-        axis.set_title(f"{name}: {label}", fontsize=8)
-        axis.legend(fontsize=7, frameon=False)
-    for axis in list(axes.flat)[len(curves) :]:
-        axis.remove()
-    path = RESULT.with_suffix(".svg")
-    figure.savefig(path, metadata={"Date": None, "Creator": None, "Source": digest(RESULT.stem)}, facecolor="white")
-    print(path.relative_to(ROOT))
+    PICTURES.mkdir(exist_ok=True)
+    for name, entry in measured().items():
+        curves = entry.get("curves", {})
+        if not curves:
+            continue
+        figure, axes = plt.subplots(
+            1, len(curves), figsize=(4.4 * len(curves), 2.2), layout="constrained", squeeze=False
+        )
+        for (label, values), axis in zip(curves.items(), axes.flat, strict=True):
+            names = values["names"]
+            axis.plot(values["step"], values["wrong"], color="#b5432a", linewidth=1.4, label=names[0])
+            axis.plot(values["step"], values["right"], color="#2a5d8f", linewidth=1.4, linestyle="--", label=names[1])
+            axis.set_title(label, fontsize=9)
+            axis.set_xlabel(values["of"])
+            axis.legend(fontsize=8, frameon=False)
+        metadata = {"Date": None, "Creator": None, "Source": drawn_from(entry)}
+        figure.savefig(picture(name), metadata=metadata, facecolor="white")
+        plt.close(figure)
+        print(picture(name).relative_to(ROOT))
 
 
 if __name__ == "__main__":
