@@ -240,8 +240,11 @@ def small_repository(tmp_path):
     (tmp_path / "pyproject.toml").write_text(PYPROJECT)
     (tmp_path / "annotated_examples" / "dpo.py").write_text(SCRIPT)
     (tmp_path / "page.md").write_text("TRL 7.1 does so.\nTRL 7.1.1 and 17.1 are others.\n")
-    measured = json.dumps({"versions": {"trl": "7.1"}})
-    (tmp_path / "annotated_examples" / "expected" / "dpo.json").write_text(measured)
+    expected, measured = tmp_path / "annotated_examples" / "expected", {"versions": {"trl": "7.1"}}
+    (expected / "dpo.json").write_text(
+        json.dumps(measured | {"trainer": "dpo", "command": "python dpo.py --seed SEED"})
+    )
+    (expected / "memory.json").write_text(json.dumps(measured | {"command": "python tools/memory.py"}))
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     return tmp_path
 
@@ -269,7 +272,8 @@ def test_bump_moves_the_pin_and_lists_what_to_read_again(small_repository, capsy
     printed = capsys.readouterr().out
     assert "page.md:1: TRL 7.1 does so." in printed
     assert "page.md:2" not in printed
-    assert "dpo.json: measured with TRL 7.1" in printed
+    assert "dpo.json: measured with TRL 7.1; `make expected TRAINER=dpo`" in printed
+    assert "memory.json: measured with TRL 7.1; `python tools/memory.py`" in printed
 
 
 @pytest.mark.parametrize(("newest", "after"), [("7.1.9", "7.2"), ("7.2", "7.2"), ("7.10", "7.10")])
