@@ -117,6 +117,15 @@ def test_a_link_in_raw_html_becomes_the_url_because_mkdocs_leaves_it_alone(repos
     assert (root / "build/docs/source/annotated_trainers/plot.svg").read_text() == "<svg/>"
 
 
+def test_a_picture_is_a_link_to_itself_and_one_in_a_line_or_in_an_example_is_not(repository):
+    text = "# DPO\n\n![A long\nstory](plot.svg)\n\nIn a line ![x](plot.svg).\n\n```md\n![x](plot.svg)\n```\n"
+    root = repository(**{"annotated_trainers/dpo.md": text, "annotated_trainers/plot.svg": "<svg/>"})
+    page, plot = staged(root, "annotated_trainers/dpo.md"), "../source/annotated_trainers/plot.svg"
+    assert f"\n[![A long\nstory]({plot})]({plot}){{ .picture }}\n" in page
+    assert f"In a line ![x]({plot})." in page and "```md\n![x](plot.svg)\n```" in page
+    assert page.count(".picture") == 1
+
+
 def test_what_only_looks_like_a_link_is_left_alone(repository):
     lookalikes = [
         "`[a](gone.md)`",
@@ -299,7 +308,7 @@ def test_the_page_of_a_measured_script_shows_what_it_prints_and_logs(repository)
     root = repository(**{f"annotated_examples/{name}": text for name, text in measured.items()})
     page = staged(root, "annotated_examples/dpo.md")
     assert "## What it prints\n\n```text\nrow\n...\n\nHeld out:\n```" in page
-    [picture] = re.findall(r"six runs\]\((\S+dpo\.svg)\)", page)
+    [picture] = re.findall(r"six runs\]\((\S+?dpo\.svg)\)", page)
     assert (root / "build/docs/annotated_examples" / picture).read_text() == "<svg/>"
     assert '<a href="#__span-2-' in page  # commands, what it prints, the script
 

@@ -129,6 +129,16 @@ def with_lists(text: str) -> str:
     return "\n".join(out) + "\n"
 
 
+def with_pictures(text: str) -> str:
+    """Makes each picture a link to itself: on a small screen that is how it is enlarged."""
+    visible = without_fences(text)
+    pieces, end = [], 0
+    for match in PICTURE.finditer(visible):
+        pieces += [text[end : match.start()], f"[{text[match.start(1) : match.end(1)]}]({match[2]}){{ .picture }}"]
+        end = match.end()
+    return "".join([*pieces, text[end:]])
+
+
 def fenced(code: str, info: str) -> str:
     """`code` as a fenced block whose fence is longer than any run of backticks in it."""
     ticks = "`" * max(3, 1 + max(map(len, re.findall(r"`+", code)), default=0))
@@ -143,6 +153,7 @@ INLINE_TARGET = re.compile(r"\]\(\s*(<[^>\n]+>|[^()\s]+(?:\([^()\s]*\)[^()\s]*)*
 REFERENCE_TARGET = re.compile(r"^ {0,3}\[[^\]\n]+\]:\s+(\S+)", re.M)
 HTML_TARGET = re.compile(r"<(?:a|img|source)\b[^>]*?\b(?:href|src|srcset)=\"([^\"]+)\"")
 ELSEWHERE = re.compile(r"^(?:[a-z][a-z0-9+.-]*:|//|#)", re.I)
+PICTURE = re.compile(r"^(!\[[^\]]+\]\(([^()\s]+\.svg)\))$", re.M)  # alone in its paragraph
 UNRENDERED = re.compile(r"^\s*(/?excerpt|left-out|covers|drift)\b")
 BETWEEN_RELEASES = "annotated_trainers/newest_trl.md"  # about all walkthroughs, so it comes after them
 
@@ -201,7 +212,7 @@ class Site:
         """`text`, which stands at `source` in the repository, as the site needs it."""
         text = self.with_links(text, source)  # first, so that messages name the lines of the source
         try:
-            return with_lists(self.without_comments(self.render(text, source), source))
+            return with_pictures(with_lists(self.without_comments(self.render(text, source), source)))
         except ValueError as error:  # of a directive that does not hold, or a list
             self.errors.append(f"{source}: {error}")
             return text
