@@ -126,6 +126,14 @@ def test_a_picture_is_a_link_to_itself_and_one_in_a_line_or_in_an_example_is_not
     assert page.count(".picture") == 1
 
 
+def test_a_line_that_begins_with_the_number_of_a_thread_is_an_error(repository):
+    text = "# DPO\n\nAs in [peft\n#430](https://example.org).\n\n```bash\n#!/bin/sh\n```\n"
+    with pytest.raises(stage.StageError, match=r"annotated_trainers/dpo.md.*#430.*break the line elsewhere"):
+        staged(repository(**{"annotated_trainers/dpo.md": text}), "annotated_trainers/dpo.md")
+    text = text.replace("[peft\n#430]", "[peft #430]")
+    assert "[peft #430]" in staged(repository(**{"annotated_trainers/dpo.md": text}), "annotated_trainers/dpo.md")
+
+
 def test_what_only_looks_like_a_link_is_left_alone(repository):
     lookalikes = [
         "`[a](gone.md)`",

@@ -109,8 +109,8 @@ def prose(text: str) -> str:
 def with_lists(text: str) -> str:
     """`text` with a blank line before every list that directly follows a paragraph, as Python-Markdown wants it.
 
-    Inside a list item it also wants four spaces, where a Git host takes two. Four suit both, so fewer are an error:
-    ValueError names the text.
+    Inside a list item it also wants four spaces, where a Git host takes two. Four suit both, so fewer are an error, and
+    so is a line that begins with `#12`, which it takes for a heading: ValueError names the text.
     """
     out, last, last_visible = [], "", ""
     for line, visible in zip(text.splitlines(), without_fences(text).splitlines(), strict=True):
@@ -121,6 +121,8 @@ def with_lists(text: str) -> str:
                 f"`{line.rstrip()}`: inside a list, indent by four spaces; if this only looks like a list, break the "
                 "line elsewhere"
             )
+        if re.match(r"#+[^#\s]", visible):
+            raise ValueError(f"`{line.rstrip()}`: here a heading begins with `#` alone; break the line elsewhere")
         begins = item and indent == 0 and item[1] in "-*+1"  # any other number is part of the paragraph
         if begins and last.strip() and last[0] != " " and not LIST_ITEM.match(last_visible):
             out.append("")

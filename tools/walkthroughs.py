@@ -344,7 +344,8 @@ def excerpt_block(block: Block, source: Source) -> str:
     code = textwrap.dedent("\n".join(block.lines))
     fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", code))])
     where = f"{spans(range(block.first, block.last + 1))} of {block.path}"
-    return f"""<div class="excerpt" markdown="1">
+    kind = "excerpt drawing" if set(code) & set("▲▼") else "excerpt"  # a figure in a comment: its lines must not wrap
+    return f"""<div class="{kind}" markdown="1">
 <div class="excerpt__code" markdown="1">
 
 {fence}python title="{html.escape(block.name)}" linenums="{block.first}"

@@ -32,6 +32,13 @@
     { ...settings, themeCSS: settings.themeCSS + arrows, look: "classic", theme: "default", flowchart },
   ))
 
+  // A wide diagram is scaled down to a half, on a phone to two thirds, where its words can still be read, and scrolls then.
+  const least = innerWidth < 700 ? 0.66 : 0.5
+  const readable = ({ svg, ...more }) => {
+    setTimeout(() => window.makeScrollersFocusable?.())
+    return { svg: svg.replace(/max-width: ([\d.]+)px/, (size, width) => `${size}; min-width: ${width * least}px`), ...more }
+  }
+
   const near = element => new Promise(resolve => {
     new IntersectionObserver((entries, observer) => {
       if (!entries.some(entry => entry.isIntersecting)) return
@@ -46,7 +53,7 @@
     async render(id, text) {
       await near([...document.querySelectorAll("pre.mermaid")].find(element => element.textContent === text))
       await load()
-      return mermaid.render(id, text)
+      return readable(await mermaid.render(id, text))
     },
   }
 }

@@ -17,8 +17,10 @@
   some()
 }
 
-// Code in a line breaks after a slash, a dot or a bracket (`completions/mean_length`) where it stands in a table, and never
-// behind the hyphens of a flag. What is copied stays whole.
+// Code in a line breaks after a slash, a dot or a bracket (`completions/mean_length`), and a long name behind its
+// underscores, where it stands in a table, and never behind the hyphens of a flag. What is copied stays whole.
+const BREAKS = /(?<=[\/.([]+)(?=[\w~])/
+const breakable = code => code.split(BREAKS).flatMap(word => word.length > 20 ? word.split(/(?<=\w_)(?=[a-z])/) : [word])
 for (const code of document.querySelectorAll(".md-typeset :not(pre) > code")) {
   const inTable = code.closest("table")
   if (!inTable && !/(^|\s)-/.test(code.textContent)) continue
@@ -33,12 +35,19 @@ for (const code of document.querySelectorAll(".md-typeset :not(pre) > code")) {
         flag.textContent = part
         return [flag]
       }
-      const words = inTable ? part.split(/(?<=[\/.([]+)(?=\w)/) : [part]
+      const words = inTable ? breakable(part) : [part]
       return words.flatMap((word, i) => i ? [document.createElement("wbr"), word] : [word])
     }).filter(piece => piece !== "")
     if (pieces.length > 1 || pieces[0] instanceof Element) text.replaceWith(...pieces)
   }
 }
+
+for (const title of document.querySelectorAll(".excerpt__code .filename")) { // `KTOTrainer._compute_loss`
+  const parts = title.textContent.split(/(?<=[._])(?=\w)/)
+  title.replaceChildren(...parts.flatMap((part, i) => i ? [document.createElement("wbr"), part] : [part]))
+}
+
+for (const cell of document.querySelectorAll(".md-typeset td")) cell.classList.toggle("words", cell.textContent.length > 60)
 
 // Material copies what the eye sees, less the white space at the end. The text itself is better: a script's page copies
 // the file to the last byte, and a wrapped line stays one line. Elsewhere the last line break is left out, so that a
@@ -52,7 +61,7 @@ document.addEventListener("click", event => {
 
 // A box that scrolls sideways must be reachable by keyboard.
 function makeScrollersFocusable() {
-  const boxes = [...document.querySelectorAll(".katex-display, .md-typeset__scrollwrap, .highlight code")]
+  const boxes = [...document.querySelectorAll(".katex-display, .md-typeset__scrollwrap, .highlight code, .mermaid")]
   const scrolls = boxes.map(box => box.scrollWidth > box.clientWidth) // all reading before all writing: one layout
   boxes.forEach((box, i) => scrolls[i] ? box.setAttribute("tabindex", "0") : box.removeAttribute("tabindex"))
 }
