@@ -312,11 +312,12 @@ GRAPHS = {"xpo": 2}  # forward passes whose graphs are alive together, where the
 # name -> copies of the logits in the worst moment: over whole rows, over answers; or over a number of positions (SFT)
 COPIES = {
     **{"sft": (0, 0), "reward": (0, 0), "prm": (0, 0), "dpo": (4, 0), "kto": (4, 0), "bco": (4, 0), "orpo": (4.5, 0)},
-    **{"cpo": (4.5, 0), "ppo": (3, 6), "grpo": (0, 4), "rloo": (0, 4), "online_dpo": (1, 2), "nash_md": (1, 3)},
+    **{"cpo": (4.5, 0), "ppo": (3, 2), "grpo": (0, 4), "rloo": (0, 4), "online_dpo": (1, 2), "nash_md": (1, 3)},
     **{"gkd": (17, 0), "xpo": (1, 1.5)},
 }
 CHUNKS = 4 * 256  # SFT: four copies of 256 positions, however long the rows are
-SAMPLED = {"ppo": 3, "nash_md": 5}  # copies of the logits of a whole round, of whole rows; others: the last position
+SAMPLED = {"ppo": 2, "nash_md": 5}  # copies of the logits of a whole round, of whole rows; others: the last position
+KEPT = {"ppo": 1}  # copies of the logits of a round that are never let go, from its sampling to the next one's end
 ROUND = 64  # answers of a round of PPO
 HELD = {  # name -> trained, frozen, rows of a forward pass with gradient
     "sft": ("policy", "-", "B"),
@@ -326,7 +327,7 @@ HELD = {  # name -> trained, frozen, rows of a forward pass with gradient
     "orpo": ("policy", "-", "2B"),
     "cpo": ("policy", "-", "2B"),
     "bco": ("policy", "reference", "B"),
-    "ppo": ("policy, value model", "reference, reward model", "round / `num_mini_batches`"),
+    "ppo": ("policy, value model", "reference, reward model", "B, at most round / `num_mini_batches`"),
     "grpo": ("policy", "- (reference with `beta` > 0)", "B"),
     "rloo": ("policy", "reference", "B"),
     "online_dpo": ("policy", "reference, reward model", "2B"),
@@ -351,6 +352,7 @@ def predicted(name: str, way: str, one: dict) -> int | None:
     width, queries, keys, mlp = shape()
     vocabulary = VOCABULARY if WAYS[way][0] else 261
     static = 12 * one["trained"] + 4 * one["frozen"]
+    static += 4 * vocabulary * KEPT.get(name, 0) * ROUND * one["answer"]
     gradients = 4 * one["trained"]
     positions = one["rows"] * one["tokens"]
     layer = 4 * (6 * width + 4 * queries + 4 * keys + 4 * mlp)
@@ -403,7 +405,8 @@ def megabytes(value: float) -> str:
 
 def copies(name: str) -> str:
     whole, answer = COPIES[name]
-    words = [f"{number:g} of the {what}" for number, what in ((whole, "row"), (answer, "answer")) if number]
+    numbers = ((whole, "row"), (answer, "answer"), (KEPT.get(name), "whole round"))
+    words = [f"{number:g} of the {what}" for number, what in numbers if number]
     return "4 of 256 positions" if name == "sft" else " + ".join(words) or "-"
 
 
@@ -422,11 +425,9 @@ def peaks(way: str) -> None:
     for name, one in measured()["ways"][way].items():
         phase, at = peak(one)
         ours = predicted(name, way, one)
-        rows.append(
-            [link(name), phase, *(megabytes(at[kind] + (at["cache"] if kind == "other" else 0)) for kind in kinds)]
-        )
-        rows[-1] += [f"**{megabytes(total(one))}**", megabytes(ours), f"{ours / total(one):.2f}"]
-    table(["MB", "peak in", *kinds, "measured", "formula", "formula / measured"], rows)
+        rows.append([link(name), f"**{megabytes(total(one))}**", megabytes(ours), f"{ours / total(one):.2f}", phase])
+        rows[-1] += [megabytes(at[kind] + (at["cache"] if kind == "other" else 0)) for kind in kinds]
+    table(["MB", "measured", "formula", "ratio", "peak in", *kinds], rows)
 
 
 def ways() -> None:
