@@ -388,7 +388,7 @@ def test_what_the_page_says_of_releases_holds():
     assert "trl.experimental.kto" in where("KTOTrainer", NEWEST)
     assert "For three minor releases most old names still worked" in text
     assert had("RLOOConfig", "rloo_k")[had("RLOOConfig", "rloo_k").index("0.22") :] == ["0.22", "0.23", "0.24"]
-    assert "`GKDConfig` is a `SFTConfig`" in text
+    assert "`GKDConfig` is an `SFTConfig`" in text
     assert issubclass(imported("GKDConfig"), imported("SFTConfig"))
     assert "ORPO, CPO, Online DPO and GKD are experimental" in text
     left = [t for t in TRAINERS if where(f"{t}Trainer", NEWEST)]

@@ -346,9 +346,12 @@ RENAMED: dict[str, dict[str, str]] = {
         "padding_value": "pad_token",
         "use_num_logits_to_keep": "use_logits_to_keep",
         "use_liger_loss": "use_liger_kernel",
+        "max_target_length": "max_completion_length",
     },
     "KTOConfig": {"use_liger_loss": "use_liger_kernel"},
     "PPOTrainer": {
+        "optimizer": "optimizers",
+        "lr_scheduler": "optimizers",
         "tokenizer": "processing_class",
         "dataset": "train_dataset",
         "config": "args",
@@ -396,6 +399,15 @@ INSTEAD = {  # no new name, and still something to do
     ("DPOConfig", "reference_free"): "nothing; `CPOTrainer` needs no reference",
     ("DPOConfig", "tools"): "a column `tools`",
     ("DPOConfig", "ref_model_init_kwargs"): "a `ref_model` that you have loaded yourself",
+    ("KTOConfig", "ref_model_init_kwargs"): "a `ref_model` that you have loaded yourself",
+    ("BCOConfig", "ref_model_init_kwargs"): "a `ref_model` that you have loaded yourself",
+    ("GRPOConfig", "vllm_max_model_len"): "`vllm_max_model_length`, since 0.26",
+    ("CPOConfig", "max_target_length"): "`max_completion_length`",
+    ("PPOTrainer", "training_data_collator"): "`data_collator`",
+    ("PPOTrainer", "model"): "`policy`",
+    ("PPOTrainer", "ref_model"): "`ref_policy`",
+    ("RLOOConfig", "non_eos_penalty"): "`missing_eos_penalty`, which is a number",
+    ("RLOOConfig", "penalty_reward_value"): "`missing_eos_penalty`, which is taken off",
     ("KTOConfig", "loss_type"): '`BCOTrainer` for `"bco"`',
     ("KTOConfig", "prompt_sample_size"): "`BCOConfig`",
     ("KTOConfig", "min_density_ratio"): "`BCOConfig`",
@@ -803,7 +815,7 @@ def effects() -> dict[tuple[str, str, str, str], list[str]]:
 OLD_SCRIPT = """from trl import CPOConfig, CPOTrainer, SFTConfig, SFTTrainer
 
 sft_args = SFTConfig(output_dir="sft", dataset_text_field="text", max_seq_length=512)
-SFTTrainer(model="Qwen/Qwen3-0.6B", args=sft_args, tokenizer=tokenizer, packing=True, train_dataset=texts).train()
+SFTTrainer(model="Qwen/Qwen2-0.5B", args=sft_args, tokenizer=tokenizer, packing=True, train_dataset=texts).train()
 
 cpo_args = CPOConfig(output_dir="cpo", max_length=512, max_prompt_length=256)
 CPOTrainer(model="sft", args=cpo_args, tokenizer=tokenizer, train_dataset=pairs).train()
@@ -812,7 +824,7 @@ NEW_SCRIPT = """from trl import SFTConfig, SFTTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 sft_args = SFTConfig(output_dir="sft", dataset_text_field="text", max_length=512, packing=True)
-SFTTrainer(model="Qwen/Qwen3-0.6B", args=sft_args, processing_class=tokenizer, train_dataset=texts).train()
+SFTTrainer(model="Qwen/Qwen2-0.5B", args=sft_args, processing_class=tokenizer, train_dataset=texts).train()
 
 cpo_args = CPOConfig(output_dir="cpo", max_length=512)
 CPOTrainer(model="sft", args=cpo_args, processing_class=tokenizer, train_dataset=pairs).train()
@@ -842,7 +854,7 @@ def fence(language: str, text: str, why: str) -> None:
 def installing() -> None:
     """The commands that put two releases side by side."""
     old = known("0.9")
-    text = f"""python3 -m venv old && old/bin/pip install "trl=={old}"
+    text = f"""python3 -m venv old && old/bin/pip install "trl=={old}" "transformers==VERSION"
 python3 -m venv new && new/bin/pip install "trl=={pinned_version()}"
 old/bin/python script.py
 new/bin/python script.py
