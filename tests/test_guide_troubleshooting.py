@@ -119,8 +119,8 @@ def _(wrong, right):
 
 @shows("completion_only")
 def _(wrong, right):
-    assert wrong["of them question"] == 4 and right["of them question"] == 0
-    assert wrong["tokens learned"] > right["tokens learned"]
+    assert wrong["of them question"] == wrong["tokens learned"] - right["tokens learned"] > 0
+    assert right["of them question"] == 0
 
 
 @shows("cut_before_the_difference", steps=3)
@@ -321,7 +321,8 @@ def _(reward):
 def _(wrong, right):
     assert wrong["loss"] < 0.01 and wrong["rewards/accuracies"] == 1 and wrong["rewards/margins"] > 5
     assert right["loss"] > 0.4
-    assert wrong["right answers (0.70 before)"] < right["right answers (0.70 before)"] - 0.05
+    assert wrong["right answers, before"] == right["right answers, before"]
+    assert wrong["right answers, after"] < right["right answers, after"] - 0.05
 
 
 @curves("dpo_loss_zero")
@@ -391,6 +392,7 @@ def _(wrong, right):
 @curves("ppo_random_reward")
 def _(solved):
     before = MEASURED["ppo_random_reward"]["right"]["right answers, before PPO"]
+    assert solved["step"][0] == 0 and solved["wrong"][0] == solved["right"][0] == before
     assert max(solved["wrong"]) <= before < before + 0.1 < solved["right"][-1]
 
 

@@ -1,7 +1,7 @@
 """Reproduce what goes wrong with TRL's trainers, on the toy world: first the symptom, then the same with the remedy.
 
     python tools/troubleshooting.py --list                     # the names
-    python tools/troubleshooting.py pad_is_eos                 # one of them, a few seconds each
+    python tools/troubleshooting.py pad_is_eos                 # one of them, a few seconds, or up to a minute
     python tools/troubleshooting.py all
     python tools/troubleshooting.py chosen_falls --steps 5     # shorter, where something is trained
     python tools/troubleshooting.py --write                    # all: expected/troubleshooting.json, .txt, and a folder of curves
@@ -149,9 +149,10 @@ def key(log: list[dict], name: str) -> list[float]:
     return [line[name] for line in log if name in line]
 
 
-def curve(label: str, wrong: list[float], right: list[float], every: int = 1, names=None, of: str = "step") -> dict:
-    """Two lines of one panel: a value at each `every`-th step (or whatever `of` says) of both runs."""
-    steps = [every * (n + 1) for n in range(len(wrong))]
+def curve(label, wrong: list[float], right: list[float], every=1, names=None, of="step", first=None) -> dict:
+    """Two lines of one panel: a value at each `every`-th step (or whatever `of` says) of both runs, from `first` on."""
+    first = every if first is None else first
+    steps = [first + every * n for n in range(len(wrong))]
     names = names or ("as met", "remedy")
     return {label: {"of": of, "step": steps, "wrong": wrong, "right": right, "names": list(names)}}
 
@@ -402,8 +403,10 @@ def completion_only() -> dict:
 
     def seen(data):
         made = trainer("sft", data, completion_only_loss=True)
-        labels = next(iter(made.get_train_dataloader()))["labels"]
-        return {"tokens learned": int((labels != -100).sum()), "of them question": int((labels == 2).sum())}
+        batch = next(iter(made.get_train_dataloader()))
+        learned, header = batch["labels"] != -100, batch["input_ids"] == 3  # the beginning of the answer
+        question = header | (header.cumsum(dim=1) == 0)
+        return {"tokens learned": int(learned.sum()), "of them question": int((learned & question).sum())}
 
     wrong, right = seen(messages), seen(columns)
     return compared("rows with messages", "rows with prompt and completion", wrong, right)
@@ -574,7 +577,7 @@ def weights_do_not_move(steps: int = 40) -> dict:
 ACCUMULATED = ("sft", "reward", "dpo", "kto", "orpo", "cpo", "bco", "gkd", "prm")
 
 
-@symptom("Gradient accumulation changes the loss", ACCUMULATED, (2604, 2175))
+@symptom("Gradient accumulation changes the loss", EVERY, (2604, 2175))
 def gradient_accumulation(names: tuple[str, ...] = ACCUMULATED, steps: int = 16) -> dict:
     """Eight rows at once, and the same eight as four micro-batches of two: is it the same gradient?"""
     import torch
@@ -711,7 +714,8 @@ def grpo_loss_zero(steps: int = 24) -> dict:
         mean = {name: sum(line[name] for line in lines) / part for name in ("grad_norm", "reward")}
         found.append({"largest |loss|": max(abs(line["loss"]) for line in lines), **mean})
     curves = curve("one run", key(log, "loss"), key(log, "reward"), names=("loss", "reward"))
-    return compared("the loss", "grad_norm and reward", *found, heads=["first steps", "last steps"], curves=curves)
+    done = 'the loss, loss_type="grpo"', "grad_norm and reward"
+    return compared(*done, *found, heads=["first steps", "last steps"], curves=curves)
 
 
 @symptom("GRPO: clip_ratio is always 0", ("grpo", "rloo"), (3120,))
@@ -910,7 +914,8 @@ def dpo_loss_zero(steps: int = 12) -> dict:
         settings = {"max_steps": steps, "learning_rate": 2e-4, "per_device_train_batch_size": 8}
         log = trained(trainer("dpo", data, model, **settings))
         found = {name: log[-1][name] for name in ("loss", "rewards/accuracies", "rewards/margins")}
-        return found | {"right answers (0.70 before)": right_ones(model, 128)}, key(log, "loss")
+        found |= {"right answers, before": right_ones(toy(), 128), "right answers, after": right_ones(model, 128)}
+        return found, key(log, "loss")
 
     (wrong, w), (right, r) = seen(easy), seen(real)
     done = "rejected: the same phrase in every pair", "rejected: wrong sums of the model itself"
@@ -1116,7 +1121,7 @@ def ppo_random_reward(steps: int = 12) -> dict:
                 with torch.no_grad():
                     scores.append(float(model(input_ids=torch.tensor([ids])).logits))
             better += scores[0] > scores[1]
-        policy, solved = toy(), []
+        policy, solved = toy(), [right_ones(toy(), 128)]
 
         class Look(TrainerCallback):
             def on_step_end(self, args, state, control, **_):
@@ -1128,11 +1133,11 @@ def ppo_random_reward(steps: int = 12) -> dict:
         given = {"model": policy, "reward_model": model, "value_model": copy.deepcopy(model), "callbacks": [Look()]}
         trained(ppo(given, **settings))
         found = {"pairs in the right order": better / len(pairs)}
-        return found | {"right answers, before PPO": right_ones(toy(), 128), "after": solved[-1]}, solved
+        return found | {"right answers, before PPO": solved[0], "after": solved[-1]}, solved
 
     wrong, w = seen(toy(kind="AutoModelForSequenceClassification", num_labels=1).eval())
     right, r = seen(judge().eval())
-    curves = curve("right answers", w, r, every, of="round")
+    curves = curve("right answers", w, r, every, of="round", first=0)
     return compared("a language model as reward model", "a trained reward model", wrong, right, curves=curves)
 
 
