@@ -35,8 +35,8 @@ Run it:
     accelerate launch grpo.py --model_name_or_path ... --use_peft --load_in_4bit --learning_rate 1e-5
 
 What to look at: reward rises, and frac_reward_zero_std with it: the share of prompts whose answers all earn the same, from
-which nothing is learned. The loss says nothing. It starts at about 0 and stays there, since every ratio is 1 while each batch
-is used once, and the advantages of a group add up to 0. Only its gradient is not 0.
+which nothing is learned. The loss says nothing. It starts at about 0 and stays there, since every ratio is 1 while a round
+feeds one step, and the advantages of a group add up to 0. Only its gradient is not 0.
 """
 
 import importlib

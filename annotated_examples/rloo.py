@@ -14,7 +14,7 @@
 """REINFORCE Leave-One-Out (RLOO): sample a few answers to each prompt, make those more likely that beat the others.
 
 The loss of one answer, which counts as one action (Ahmadian et al. 2024, arXiv 2402.14740, the RLOO estimator). The clipping
-is that of PPO; TRL adds it, and it does nothing while each answer is used once:
+is that of PPO; TRL adds it, and it does nothing while a round of answers feeds one step:
 
     reward    = score - beta * sum over the answer's tokens of (log p(token) - log p_ref(token))
     advantage = reward - mean reward of the other answers to this prompt
@@ -36,7 +36,7 @@ Run it:
     accelerate launch rloo.py --model_name_or_path ... --use_peft --load_in_4bit --learning_rate 1e-5
 
 What to look at: reward rises (it is logged without the penalty), and kl says how far the policy has gone from where it began,
-in nats per token. The loss says nothing. It is 0 and stays 0, since every ratio is 1 while each batch is used once, and the
+in nats per token. The loss says nothing. It is 0 and stays 0, since every ratio is 1 while a round feeds one step, and the
 advantages of a group add up to 0. Only its gradient is not 0.
 """
 

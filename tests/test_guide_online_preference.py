@@ -543,13 +543,25 @@ def test_a_policy_at_rest_is_the_best_answer_to_the_mixture(page):
     close(page["regularized_response"](own, page["CAUTIOUS"], page["CIRCLE"], 0.1), own)
 
 
-def test_without_the_penalty_gradient_steps_do_not_rest_at_a_smaller_rate_either(page):
-    for coef in (0.0, 0.5):
-        theta, seen = page["CAUTIOUS"].log(), []
-        for _ in range(4000):
-            theta = theta - 0.3 * page["nash_md_gradient"](theta, page["CAUTIOUS"].log(), page["CIRCLE"], coef, 0.0)
+def test_without_the_penalty_gradient_steps_rest_if_the_rival_is_a_mixture_and_the_mixture_is_the_equilibrium(page):
+    wins, cautious = page["CIRCLE"], page["CAUTIOUS"]
+
+    def steps(coef, rate, count, start):
+        theta, seen = start.log(), []
+        for _ in range(count):
+            theta = theta - rate * page["nash_md_gradient"](theta, cautious.log(), wins, coef, 0.0)
             seen.append(theta.softmax(0))
-        assert (torch.stack(seen[2000:]) - seen[-1]).abs().max() > 0.3
+        return torch.stack(seen)
+
+    alone = steps(0.0, 0.3, 4000, cautious)
+    assert (alone[2000:] - alone[-1]).abs().max() > 0.3
+    for start in (cautious, torch.tensor([0.6, 0.3, 0.1], dtype=cautious.dtype)):
+        seen = steps(0.5, 5, 12000, start)
+        assert (seen[10000:] - seen[-1]).abs().max() < 1e-3
+        assert (seen[1000:4000] - seen[-1]).abs().max() > 0.05  # it takes thousands of steps
+        rival = page["geometric_mixture"](seen[-1].log(), cautious.log(), 0.5).exp()
+        assert (wins @ rival - 0.5).abs().max() < 1e-3  # no answer beats the mixture: the equilibrium without penalty
+        assert (wins @ seen[-1] - 0.5).abs().max() > 0.1
 
 
 # ------------------------------------------------------------------------------------- sentences that begin with In TRL

@@ -651,7 +651,7 @@ def test_defaults_in_the_tables_are_trls():
         ("GRPO", GRPOConfig, "beta"),
     ):
         assert weights[name].split(":")[0] == f"`{setting}` {default(kind, setting)}"
-    clip = next(row for row in table("") if row[""] == "clip")
+    clip = next(row for row in table("") if row[""] == "limits of the clip")
     assert f"`cliprange` {default(PPOConfig, 'cliprange')}" in clip["PPO"]
     for name, kind in (("RLOO", RLOOConfig), ("GRPO", GRPOConfig)):
         assert f"`epsilon` {default(kind, 'epsilon')}" in clip[name]

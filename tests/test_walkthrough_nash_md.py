@@ -422,6 +422,14 @@ def players(trainer, monkeypatch):
     return seen[0]
 
 
+def test_a_wrapped_model_with_a_new_adapter_stops_at_the_first_step(make):
+    trainer = make(peft_config=LoraConfig(task_type="CAUSAL_LM"))
+    data = batch([5, 6, 7, 8, 9, 10])
+    trainer._compute_logprobs(trainer.model, data, 3)
+    with pytest.raises(AttributeError, match="disable_adapter"):
+        trainer._compute_logprobs(torch.nn.DataParallel(trainer.model), data, 3)
+
+
 def test_with_a_new_adapter_the_opponent_is_the_policy(make, monkeypatch):
     lora = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
     trainer = make(peft_config=lora)
@@ -692,6 +700,26 @@ def test_what_this_page_leaves_to_the_page_about_online_dpo_is_inherited():
     }
     assert set(NashMDConfig.__dataclass_fields__) - set(OnlineDPOConfig.__dataclass_fields__) == {"mixture_coef"}
     assert "vllm" not in inspect.getsource(nash_md_trainer).lower()
+
+
+def test_with_vllm_the_first_step_ends_in_an_attribute_error(make):
+    """vLLM is not installed here: what its branch of the parent's constructor leaves out is taken away again."""
+    with_vllm, without = inspect.getsource(OnlineDPOTrainer.__init__).split("# Set up transformers generation config")
+    assert "self.llm = LLM(" in with_vllm and "self.generation_kwargs =" not in with_vllm
+    assert "self.generation_kwargs = generation_kwargs" in without
+    trainer = make()
+    del trainer.generation_kwargs
+    with pytest.raises(AttributeError, match="generation_kwargs"):
+        trainer.train()
+
+
+def test_two_settings_are_read_by_the_parents_sampling_alone():
+    for setting in ("cache_implementation", "ds3_gather_for_generation"):
+        assert setting in NashMDConfig.__dataclass_fields__ and setting not in inspect.getsource(nash_md_trainer)
+        places = [
+            name for name, of in vars(OnlineDPOTrainer).items() if callable(of) and setting in inspect.getsource(of)
+        ]
+        assert places == ["_generate"] and "._generate(" not in inspect.getsource(nash_md_trainer)
 
 
 def test_the_end_of_a_step_is_the_parents():

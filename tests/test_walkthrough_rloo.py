@@ -656,17 +656,22 @@ def test_the_clip_range_works_in_yaml_and_not_on_the_command_line(tmp_path):
     assert list(parsed("--config", str(tmp_path / "settings.yaml"))) == [-5.0, 5.0]
 
 
-def test_an_infinite_ratio_of_an_answer_without_advantage_is_nan(build):
+@pytest.mark.parametrize("advantage", [0.0, 1.0, -1.0])
+def test_an_infinite_ratio_breaks_the_gradient_and_the_loss_does_not_always_tell(build, advantage):
     trainer = build(beta=0.0)
     batch = scored(trainer)
     trainer.model.eval()
-    batch["advantages"] = torch.tensor([0.0, 1.0, -1.0, 0.0])
+    batch["advantages"] = torch.tensor([advantage, 1.0, -1.0, 0.0])
     for log_ratio, broken in ((88.0, False), (90.0, True)):
         old = batch["old_logps"] - torch.tensor([log_ratio, 0.0, 0.0, 0.0])
         loss = trainer._compute_loss(trainer.model, {**batch, "old_logps": old})
-        assert bool(loss.isnan()) == broken
-    loss.backward()
-    assert all(weight.grad.isnan().any() for weight in trainer.model.parameters())
+        if not broken or advantage > 0:
+            assert loss.isfinite()
+        else:
+            assert loss.isnan() if advantage == 0 else loss == math.inf
+        trainer.model.zero_grad()
+        loss.backward()
+        assert all(not weight.grad.isfinite().all() for weight in trainer.model.parameters()) == broken
 
 
 def test_numbers_in_the_notes_are_those_of_the_code():

@@ -580,10 +580,22 @@ def test_padding_on_the_left_shifts_the_positions_of_gpt_2_and_not_of_qwen3(make
 def test_there_is_no_branch_for_vllm(make):
     assert "vllm" not in inspect.getsource(xpo_trainer)
     assert "self.generation_config = SamplingParams" in inspect.getsource(OnlineDPOTrainer.__init__)
+    with_vllm, without = inspect.getsource(OnlineDPOTrainer.__init__).split("# Set up transformers generation config")
+    assert "self.generation_kwargs =" not in with_vllm and "self.generation_kwargs = generation_kwargs" in without
     trainer = make()
     trainer.generation_config = SimpleNamespace(n=2, max_tokens=8)  # in place of vLLM's parameters
-    with pytest.raises(AttributeError):
+    del trainer.generation_kwargs  # which the branch for vLLM does not set
+    with pytest.raises(AttributeError, match="generation_kwargs"):
         trainer.train()
+
+
+def test_two_settings_are_read_by_the_parents_sampling_alone():
+    for setting in ("cache_implementation", "ds3_gather_for_generation"):
+        assert setting in XPOConfig.__dataclass_fields__ and setting not in inspect.getsource(xpo_trainer)
+        places = [
+            name for name, of in vars(OnlineDPOTrainer).items() if callable(of) and setting in inspect.getsource(of)
+        ]
+        assert places == ["_generate"] and "._generate(" not in inspect.getsource(xpo_trainer)
 
 
 def test_the_raw_prompts_are_read_by_nobody(make):

@@ -661,7 +661,7 @@ def ends() -> None:
         rows.append([link(name), *(shown(one.get(key)) for key in (*keys, "text, pad eos", "messages, pad eos"))])
     table(
         ["trainer", "BOS, text", "BOS, messages", "BOS, messages, written by the template", "EOS behind text",
-         "EOS behind messages", "EOS has loss if it is also pad: text", "messages"],
+         "EOS behind messages", "EOS has loss if it is also pad: text", "EOS has loss if it is also pad: messages"],
         rows,
     )  # fmt: skip
 

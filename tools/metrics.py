@@ -23,17 +23,17 @@ OFFLINE = f"sft reward {PAIRS} kto bco gkd prm"
 # Digests of the tables that GROUPS retells. When one does not fit any more, read that table again, correct what is
 # said here, and take the new digest.
 READ = {
-    "sft": "fb80c92f6cc7",
+    "sft": "6e1109f637dc",
     "reward": "4e3f4ca14303",
     "dpo": "cd930874e981",
     "kto": "d0acfc0de9d7",
-    "orpo": "f3e10c692d5a",
-    "cpo": "3f8cccf40abc",
+    "orpo": "1afff5943c2c",
+    "cpo": "c267936ca5a7",
     "bco": "48716fb8f607",
-    "ppo": "ac39fe3a072f",
-    "grpo": "f45d51074f8e",
-    "rloo": "d7b6b398d5fb",
-    "online_dpo": "194e45240e68",
+    "ppo": "dc9bfeec0e58",
+    "grpo": "426788ebe1b6",
+    "rloo": "173111309524",
+    "online_dpo": "4e2e9768f77a",
     "nash_md": "d44a9692fe7f",
     "gkd": "a5148c84476a",
     "xpo": "c98e7a8146a4",
@@ -117,10 +117,12 @@ GROUPS: dict[str, dict[str, list[Meaning]]] = {
                 "default type: −log σ(β × (log-probability of chosen − that of rejected)), plus `cpo_alpha` × `nll_loss`",
             ),
             positive("bco", "−log σ(± (reward − `delta`)), mean over rows; a bad row is weighted only with UDM"),
-            signed("grpo", "about 0 while answers are used once, **no measure of learning**: only its gradient counts"),
+            signed(
+                "grpo", "about 0 while a round feeds one step, **no measure of learning**: only its gradient counts"
+            ),
             signed(
                 "rloo",
-                "0 while answers are used once, plus the router's term of a mixture of experts; **no measure of learning**",
+                "0 while a round feeds one step, plus the router's term of a mixture of experts; **no measure of learning**",
             ),
             positive(
                 "online_dpo",
@@ -199,7 +201,7 @@ GROUPS: dict[str, dict[str, list[Meaning]]] = {
             ),
             negative(
                 "cpo",
-                "β × log-probability of the chosen answer: **no reference**; per token for `simpo` and `ipo`",
+                "β × log-probability of the chosen answer: **no reference**; per token for `simpo` and `ipo`, bent with `alpha`",
                 "β × nats",
             ),
             signed(
@@ -452,7 +454,11 @@ GROUPS: dict[str, dict[str, list[Meaning]]] = {
     },
     "Answers: lengths, ends, tools": {
         "completions/mean_length": [
-            positive("grpo rloo", "mean length of the sampled answers, before any masking", "tokens")
+            positive(
+                "grpo rloo",
+                "mean length of the sampled answers, cut ones too (GRPO: without what tools wrote)",
+                "tokens",
+            )
         ],
         "completions/min_length": [positive("grpo rloo", "length of the shortest answer", "tokens")],
         "completions/max_length": [positive("grpo rloo", "length of the longest answer", "tokens")],
@@ -510,7 +516,11 @@ GROUPS: dict[str, dict[str, list[Meaning]]] = {
         "train_samples_per_second": [
             positive(f"{PAIRS} reward", "**pairs** a second; in the last line", "1/s"),
             positive("sft kto bco gkd prm", "**rows** a second (SFT: packs, if packed); in the last line", "1/s"),
-            positive("grpo rloo", "**answers** a second; in the last line", "1/s"),
+            positive(
+                "grpo rloo",
+                "**answers** a second with `max_steps`, prompts with `num_train_epochs`; in the last line",
+                "1/s",
+            ),
             positive(ONLINE, "**prompts** a second, each with two answers; in the last line", "1/s"),
         ],
         "train_steps_per_second": [
@@ -576,7 +586,7 @@ IN_FULL = {
         "ppo": "it grows from round to round: the steps are too many or too large; 0 all the time: `cliprange` does nothing"
     },
     "val/ratio": {
-        "ppo": "far from 1; exactly 1 divided by a whole number: `num_mini_batches` and `gradient_accumulation_steps` "
+        "ppo": "far from 1; near 1/4, 1/2 or 2/3: `num_mini_batches` and `gradient_accumulation_steps` "
         "[are both above 1](#what-is-a-round)"
     },
     "clip_ratio/low_mean": {

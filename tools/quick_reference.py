@@ -105,6 +105,15 @@ def purpose(name: str) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
+def where(name: str) -> str:
+    """What the letters of a loss mean, where it has some: the paragraph behind it in the head of the script."""
+    if name not in ("kto", "bco"):
+        return ""
+    blocks = docstring(name).split("\n\n")
+    after = next(n for n, block in enumerate(blocks) if re.search(r"^ +loss +=", block, re.M)) + 1
+    return "<br>" + html.escape(" ".join(blocks[after].split()), quote=False)
+
+
 def loss(name: str) -> list[str]:
     """The lines of the script's first indented block that says what the loss is."""
     blocks = re.findall(r"(?:^    .+\n)+", docstring(name), re.M)
@@ -195,7 +204,7 @@ def cards(group: str) -> None:
             "import": found["Import"],
             "data": found["Data set type"],
             "models in memory": found["Models in memory"],
-            "loss": "<br>".join(f"<code>{html.escape(line, quote=False)}</code>" for line in loss(name)),
+            "loss": "<br>".join(f"<code>{html.escape(line, quote=False)}</code>" for line in loss(name)) + where(name),
             "arguments that matter, with defaults": arguments,
             "on the toy world": toy(name, row),
             "on a GPU": on_a_gpu(name),

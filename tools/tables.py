@@ -78,7 +78,7 @@ def errors() -> None:
         section = text.partition("\n### Errors in the code\n")[2]
         for bold in re.findall(r"^- \*\*(.+?)\*\*", re.split(r"^##", section, flags=re.M)[0], re.M | re.S):
             words = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", " ".join(bold.split()).rstrip("."))
-            print(f"| [{name}]({name}.md#errors-in-the-code) | {words} |")
+            print(f"| [{NAMES[name]}]({name}.md#errors-in-the-code) | {words} |")
     print()
 
 
@@ -125,10 +125,11 @@ def expected_held_out(trainer: str) -> None:
     """The held-out figures before and after training, a row for each seed."""
     result = measurement(trainer)
     names = list(result["held_out"])
-    print("\n| seed | " + " | ".join(f"{name}, before | after" for name in names) + " | seconds of training |")
-    print("| --- |" + " --- |" * (2 * len(names) + 1))
+    print("\n| seed | " + " | ".join(f"{name}, before and after" for name in names) + " | seconds of training |")
+    print("| --- |" + " --- |" * (len(names) + 1))
     for index, seed in enumerate(result["seeds"]):
-        cells = [f"{result['held_out'][name][when][index]:.3f}" for name in names for when in ("before", "after")]
+        pairs = [[result["held_out"][name][when][index] for when in ("before", "after")] for name in names]
+        cells = ["\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}".join(f"{value:.3f}" for value in pair) for pair in pairs]
         print(f"| {seed} | " + " | ".join(cells) + f" | {result['train_seconds'][index]:.0f} |")
     print()
 
