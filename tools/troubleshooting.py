@@ -1317,7 +1317,7 @@ def draw() -> None:
         if not curves:
             continue
         figure, axes = plt.subplots(
-            1, len(curves), figsize=(4.4 * len(curves), 2.2), layout="constrained", squeeze=False
+            1, len(curves), figsize=(3.4 * len(curves), 2.1), layout="constrained", squeeze=False
         )
         for (label, values), axis in zip(curves.items(), axes.flat, strict=True):
             names = values["names"]
