@@ -96,7 +96,9 @@ def compare(page: Page, new: Source) -> dict[str, list[dict]]:
             now[symbol] = symbol
         except SymbolError as error:
             others = new.elsewhere(symbol)
-            same = [other for other in others if other.split(".")[-1] == symbol.split(".")[-1]]
+            # A namesake that the old release has too is another function, and no successor.
+            names = [other for other in others if other.split(".")[-1] == symbol.split(".")[-1]]
+            same = [name for name in names if not has(page.source, name)]
             now[symbol] = same[0] if len(same) == 1 else None
             used = [q.line for q in page.quotes if q.symbol == symbol]
             entry = {"symbol": symbol, "now": others, "at": now[symbol], "page_lines": used, "message": str(error)}
@@ -138,6 +140,14 @@ def compare(page: Page, new: Source) -> dict[str, list[dict]]:
             lines = [[n, block.lines[n - block.first].rstrip()] for n in numbers]
             found["gained"].append({"symbol": symbol, "now": now[symbol], "lines": lines})
     return found
+
+
+def has(source: Source, symbol: str) -> bool:
+    try:
+        source.symbol(symbol)
+    except SymbolError:
+        return False
+    return True
 
 
 def dedented(block: Block) -> list[str]:
