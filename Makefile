@@ -60,7 +60,7 @@ releases: environment ## read again, from the wheels of TRL, which release has w
 bump: environment ## move the pin of TRL, regenerate, list what to read again: make bump TRL=1.16.0
 	$(if $(TRL),,$(error say which release: make bump TRL=1.16.0))$(PYTHON) tools/pins.py bump $(TRL)
 
-toy: environment ## make the toy world again, from its seed
+toy: environment ## sample the toy world's data sets again, from the policy that is there
 	$(PYTHON) annotated_examples/toy/build.py
 
 expected: environment ## run a script and write its measurements: make expected TRAINER=dpo
@@ -87,7 +87,7 @@ chain: environment ## run scripts on one another's folders: make chain CHAIN=ppo
 gpu: environment ## measure the scripts on this machine's NVIDIA GPU; again, until nothing is left: make gpu MINUTES=60
 	$(PYTHON) tools/gpu.py run $(if $(MINUTES),--minutes $(MINUTES))
 
-environments: environment ## run the tests with the lowest and the highest versions of every range
+environments: environment ## run the tests with the lowest and the highest versions that pyproject.toml admits; needs uv
 	$(PYTHON) tools/environments.py $(ONLY)
 
 environment:

@@ -161,7 +161,7 @@ def everything(folder: Path = gpu.MEASURED, level: int = 2) -> None:
     files = sorted(folder.glob("*.json"))
     if not files:
         table(["", "real model on a GPU"], [[f"`{name}`", NOT_MEASURED] for name in TRAINERS])
-        print("`make gpu` measures them on any machine with an NVIDIA GPU, and writes this table.\n")
+        print("`make gpu` measures them on any machine with an NVIDIA GPU; `make sync` then writes this table.\n")
     for file in files:
         result, mark = json.loads(file.read_text()), "#" * level
         print(f"\n{mark} {result['gpu']}")

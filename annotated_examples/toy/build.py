@@ -244,7 +244,7 @@ def assistant(text: str) -> list[dict[str, str]]:
 def data_sets(policy, tokenizer, split: str) -> Iterator[tuple[str, list[dict]]]:
     """Each data set of one split, as (name, rows), in TRL's formats.
 
-    The answers are the policy's own, ten for each problem: what a user of these methods would sample from their model.
+    The sampled answers are the policy's own, four for each problem: what a user of these methods would sample from their model.
     """
     rng = random.Random(SEEDS[split])
     problems: list[tuple[int, ...]] = []
