@@ -61,7 +61,7 @@ document.addEventListener("click", event => {
 
 // A box that scrolls sideways must be reachable by keyboard.
 function makeScrollersFocusable() {
-  const boxes = [...document.querySelectorAll(".katex-display, .md-typeset__scrollwrap, .highlight code, .mermaid")]
+  const boxes = [...document.querySelectorAll(".katex-display, .arithmatex, .md-typeset__scrollwrap, pre > code, .mermaid")]
   const scrolls = boxes.map(box => box.scrollWidth > box.clientWidth) // all reading before all writing: one layout
   boxes.forEach((box, i) => scrolls[i] ? box.setAttribute("tabindex", "0") : box.removeAttribute("tabindex"))
 }
