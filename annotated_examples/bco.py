@@ -18,8 +18,8 @@ a reward shift):
 
     loss = -log sigmoid(s * (beta * (logp(answer) - ref_logp(answer)) - delta))
 
-s is 1 for a good answer and -1 for a bad one. delta is the mean of beta * (logp - ref_logp) over all rows seen so far: a good
-answer shall be above it, a bad one below.
+s is 1 for a good answer and -1 for a bad one. delta is the mean of beta * (logp - ref_logp) over all rows seen so far, those
+of this batch included, without a gradient: a good answer shall be above it, a bad one below.
 
 One row of data (pairs with chosen and rejected are taken too, as one good and one bad row each):
 
@@ -109,7 +109,7 @@ TOY = {
     "dataset_name": str(WORLD / "data" / "unpaired_preference"),  # answers of this very policy, right or wrong
     "output_dir": "outputs/bco-toy",
     "beta": 1.0,  # the labels are never wrong, so a few nats from the reference are enough, and there the loss levels off;
-    # at 0.1 an answer that is long gone is pushed down as hard as one that is not
+    # at 0.1 an answer that is long gone is still pushed down half as hard as one that is not
     "learning_rate": 2e-4,
     "per_device_train_batch_size": 16,
     "max_steps": 80,
@@ -127,7 +127,7 @@ REAL = {
     "per_device_eval_batch_size": 2,
     "gradient_accumulation_steps": 16,  # 32 rows for each step of the optimizer
     "num_train_epochs": 1,  # take more only while the held-out loss still falls
-    "warmup_steps": 0.1,  # a share of all steps; the first gradients are the largest
+    "warmup_steps": 0.1,  # a share of all steps
     "lr_scheduler_type": "cosine",
     "eval_strategy": "steps",
     "eval_steps": 200,
@@ -139,13 +139,17 @@ REAL = {
 
 
 def single_answers(dataset, seed: int):
-    """Rows with one answer each, in random order.
+    """Rows with one answer each, in random order (a stream is mixed within a thousand rows only).
 
     This trainer takes the rows as they stand and never shuffles them: a file with all good answers first would be learned
     in batches of one kind.
     """
-    if "chosen" in next(iter(dataset)):  # each pair becomes a good row and a bad one
-        dataset = unpair_preference_dataset(dataset.map(maybe_extract_prompt))
+    columns = set(next(iter(dataset)))
+    pairs = not {"completion", "label"} <= columns
+    misleading = {"completion", "label"} if pairs else {"chosen", "rejected", "messages"}  # TRL would read them
+    dataset = dataset.remove_columns(sorted(columns & misleading))
+    if pairs:  # each becomes a good row and a bad one, a hundred of each in turn
+        dataset = unpair_preference_dataset(dataset.map(maybe_extract_prompt), batch_size=100)
     return dataset.shuffle(seed=seed)
 
 
@@ -174,9 +178,10 @@ def build(script_args, training_args, model_args, train_dataset, eval_dataset, t
     train_dataset = single_answers(train_dataset, training_args.seed)
     labels = labels_of(train_dataset, script_args.dataset_train_split)
     if len(labels) == 1:
+        only = labels.pop()
         stop(
-            f"every label in the split {script_args.dataset_train_split!r} is {labels.pop().lower()}, and BCO needs good "
-            "and bad answers: add the other kind, or train on good answers alone with sft.py"
+            f"every label in the split {script_args.dataset_train_split!r} is {only.lower()}, and BCO needs good and bad "
+            "answers: add the other kind" + (", or train on good answers alone with sft.py" if only == "True" else "")
         )
     if eval_dataset is not None:
         eval_dataset = single_answers(eval_dataset, training_args.seed)
@@ -212,12 +217,13 @@ def build(script_args, training_args, model_args, train_dataset, eval_dataset, t
 def whole_answers(trainer, rows):
     """The rows that fit into max_length. TRL cuts the others and puts an end token behind what is left.
 
-    So the model would learn to stop in the middle. A prompt is never cut: where it alone is too long, so is the row.
+    So the model would learn to stop in the middle. TRL never cuts a prompt: where it alone is too long, the row stays so.
     """
 
     def fits(row) -> bool:
         answer = row["completion_input_ids"][len(row["prompt_input_ids"]) :]
-        return answer[: len(row["answer_input_ids"])] == row["answer_input_ids"]
+        whole = answer[: len(row["answer_input_ids"])] == row["answer_input_ids"]
+        return whole and len(row["completion_input_ids"]) <= trainer.max_length
 
     whole = rows.filter(fits)
     if not len(whole):
@@ -275,7 +281,7 @@ def held_out(trainer, rows: list[dict], toy: bool) -> tuple[dict[str, float], li
     figures = {name: metrics[f"eval_{name}"] for name in FIGURES if f"eval_{name}" in metrics}
     if toy:
         rows = list(load_dataset(str(WORLD / "data" / "prompt_only"), split="test"))
-    rows = [row for row in rows if "text" not in row]  # plain text has no prompt
+    rows = [row for row in rows if {"messages", "prompt"} & set(row)]  # plain text has no prompt
     if not rows:
         return figures, []
     prompts = [prompt_ids(row, trainer.processing_class) for row in rows]
@@ -372,6 +378,8 @@ def load_split(dataset, split: str):
     if "chosen" in columns and isinstance(first["chosen"], list):
         # HuggingFaceH4/ultrafeedback_binarized has the prompt also as a text, and the chosen conversation also as messages
         twice = {"messages"} | ({"prompt"} if isinstance(first.get("prompt"), str) else set())
+        if "prompt" in twice and not any(message["role"] == "user" for message in first["chosen"]):
+            stop("the prompt is a text, and the answers are messages without it: make the prompt a list of messages")
         return dataset[split].remove_columns(sorted(twice & set(first)))
     return dataset[split]
 
@@ -396,11 +404,14 @@ def load_tokenizer(script_args, training_args, model_args, first_row):
         spare = [token for token in vocabulary if re.match(r"[<\[].*(pad|reserved|unused|unk)", token)][:3]
         stop(
             f"the tokenizer of {name!r} pads with {tokenizer.pad_token!r} and ends answers with {tokenizer.eos_token!r}: "
-            "whoever masks the padding masks the end too, and such a model never learns to stop. Give a token that no "
+            "many trainers mask the end with the padding, and such a model never learns to stop. Give a token that no "
             "text holds with --pad_token" + (f", for example one of {spare}" if spare else "")
         )
     columns = {name: value for name, value in first_row.items() if not isinstance(value, str)}  # a text beside messages
-    if is_conversational(columns) and tokenizer.chat_template is None:
+    template = getattr(training_args, "chat_template_path", None)  # a file, or a model whose template the trainer takes
+    if template and Path(template).is_file():
+        tokenizer.chat_template = Path(template).read_text("utf-8")
+    if is_conversational(columns) and tokenizer.chat_template is None and template is None:
         stop(f"the rows are conversations, and the tokenizer of {name!r} has no chat template: take an instruct model")
     return tokenizer
 

@@ -33,12 +33,12 @@ Run it:
     accelerate launch cpo.py --model_name_or_path ... --use_peft --load_in_4bit --learning_rate 1e-5
 
 Other losses are a flag away: --loss_type hinge, ipo or simpo. SimPO (Meng et al. 2024, arXiv 2405.14734, eq. 6) compares
-means over the tokens, asks for a margin, and drops the second term, so that the learning rate has to be lower:
+means over the tokens, asks for a margin, and drops the second term. On the toy world that takes a lower learning rate:
 
     python cpo.py --loss_type simpo --cpo_alpha 0 --beta 2 --simpo_gamma 1 --learning_rate 5e-5
 
-What to look at: the loss falls while nll_loss, the second term, does not rise; without it the chosen answers sink along
-with the rejected ones.
+What to look at: the loss falls while nll_loss, the second term without its weight, does not rise; without that term the
+chosen answers sink along with the rejected ones.
 """
 
 import json
@@ -104,7 +104,7 @@ TOY = {
     "dataset_name": str(WORLD / "data" / "preference"),  # pairs sampled from this very policy
     "output_dir": "outputs/cpo-toy",
     "cpo_alpha": 30.0,  # an answer has some 30 tokens, so this turns TRL's mean over the tokens into the paper's sum;
-    # at 0 the chosen answers sink with the rejected ones, and at 1 a little
+    # at 0 the chosen answers sink with the rejected ones, and at 1 they gain less
     "learning_rate": 2e-4,
     "per_device_train_batch_size": 16,
     "max_steps": 60,
@@ -122,7 +122,7 @@ REAL = {
     "gradient_accumulation_steps": 16,  # 32 pairs for each step of the optimizer
     "per_device_eval_batch_size": 4,
     "num_train_epochs": 1,  # take more only while the held-out loss still falls
-    "warmup_steps": 0.1,  # a share of all steps; the first gradients are the largest
+    "warmup_steps": 0.1,  # a share of all steps
     "lr_scheduler_type": "cosine",
     "eval_strategy": "steps",
     "eval_steps": 200,
@@ -133,10 +133,25 @@ REAL = {
 # ---------------------------------------------------------------------------------------------------- model and trainer
 
 
+def check_alpha(training_args) -> None:
+    if training_args.alpha and training_args.loss_type in ("sigmoid", "hinge"):
+        stop(
+            "--alpha takes the probability of the whole answer here, and overflows: give --loss_type simpo --cpo_alpha 0"
+        )
+
+
+def only_pairs(dataset):
+    """What TRL reads of a row. It stumbles over a label beside messages, and over numbers in a column like chosen_logps."""
+    return dataset.select_columns([name for name in next(iter(dataset)) if name in ("prompt", "chosen", "rejected")])
+
+
 def build(script_args, training_args, model_args, train_dataset, eval_dataset, tokenizer):
     """The policy, which is the only model that is held, and the trainer. There is no reference."""
     if not isinstance(train_dataset, Dataset):
         stop("CPOTrainer tokenizes all rows before it starts and cannot stream them: leave out --dataset_streaming")
+    check_alpha(training_args)
+    train_dataset = only_pairs(train_dataset)
+    eval_dataset = None if eval_dataset is None else only_pairs(eval_dataset)
     if training_args.max_completion_length is not None:
         stop("CPOTrainer reads max_completion_length for encoder-decoder models only: use --max_length here")
     loading = {
@@ -168,8 +183,9 @@ def build(script_args, training_args, model_args, train_dataset, eval_dataset, t
 def whole_pairs(trainer, rows):
     """The pairs that fit into max_length. TRL 1.12 cuts the others in the wrong place, some down to no answer at all.
 
-    It keeps as many tokens of each answer as max_length exceeds the longer answer, not the prompt. The mean over an empty
-    answer is 0/0, and one such row is enough to fill the model with nan (huggingface/trl#6548).
+    It cuts each answer to max_length minus the length of the longer answer, where the prompt's length is meant. Where the mean
+    over an answer counts (ORPO, simpo, ipo), an empty one is 0/0, and one such row fills the model with nan; where the sum
+    does, it counts as certain (huggingface/trl#6548).
     """
     end, limit = trainer.processing_class.eos_token_id, trainer.max_length
 
@@ -188,7 +204,7 @@ def whole_pairs(trainer, rows):
 
 
 def show_row(trainer) -> None:
-    """Prints one row as the model sees it, after a look whether there is anything to prefer.
+    """Prints one row as the model sees it, after a check that there is something to prefer.
 
     TRL adds the end token to an answer that does not end with it. Where the chat template writes a newline behind it, as
     Qwen's does, an answer has two of them.
@@ -233,7 +249,7 @@ def held_out(trainer, rows: list[dict], toy: bool) -> tuple[dict[str, float], li
     figures = {name: metrics[f"eval_{name}"] for name in FIGURES if f"eval_{name}" in metrics}
     if toy:
         rows = list(load_dataset(str(WORLD / "data" / "prompt_only"), split="test"))
-    rows = [row for row in rows if "text" not in row]  # plain text has no prompt
+    rows = [row for row in rows if {"messages", "prompt"} & set(row)]  # plain text has no prompt
     if not rows:
         return figures, []
     prompts = [prompt_ids(row, trainer.processing_class) for row in rows]
@@ -330,6 +346,8 @@ def load_split(dataset, split: str):
     if "chosen" in columns and isinstance(first["chosen"], list):
         # HuggingFaceH4/ultrafeedback_binarized has the prompt also as a text, and the chosen conversation also as messages
         twice = {"messages"} | ({"prompt"} if isinstance(first.get("prompt"), str) else set())
+        if "prompt" in twice and not any(message["role"] == "user" for message in first["chosen"]):
+            stop("the prompt is a text, and the answers are messages without it: make the prompt a list of messages")
         return dataset[split].remove_columns(sorted(twice & set(first)))
     return dataset[split]
 
@@ -354,11 +372,14 @@ def load_tokenizer(script_args, training_args, model_args, first_row):
         spare = [token for token in vocabulary if re.match(r"[<\[].*(pad|reserved|unused|unk)", token)][:3]
         stop(
             f"the tokenizer of {name!r} pads with {tokenizer.pad_token!r} and ends answers with {tokenizer.eos_token!r}: "
-            "whoever masks the padding masks the end too, and such a model never learns to stop. Give a token that no "
+            "many trainers mask the end with the padding, and such a model never learns to stop. Give a token that no "
             "text holds with --pad_token" + (f", for example one of {spare}" if spare else "")
         )
     columns = {name: value for name, value in first_row.items() if not isinstance(value, str)}  # a text beside messages
-    if is_conversational(columns) and tokenizer.chat_template is None:
+    template = getattr(training_args, "chat_template_path", None)  # a file, or a model whose template the trainer takes
+    if template and Path(template).is_file():
+        tokenizer.chat_template = Path(template).read_text("utf-8")
+    if is_conversational(columns) and tokenizer.chat_template is None and template is None:
         stop(f"the rows are conversations, and the tokenizer of {name!r} has no chat template: take an instruct model")
     return tokenizer
 

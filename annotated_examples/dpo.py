@@ -49,7 +49,7 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError
 from packaging.version import Version
 from torch.random import fork_rng
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, set_seed
 from transformers.utils import is_torch_bf16_gpu_available
 
 
@@ -105,7 +105,7 @@ REAL = {
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 8,  # 32 pairs for each step of the optimizer
     "num_train_epochs": 1,  # take more only while the held-out loss still falls
-    "warmup_steps": 0.1,  # a share of all steps; the first gradients are the largest
+    "warmup_steps": 0.1,  # a share of all steps
     "lr_scheduler_type": "cosine",
     "eval_strategy": "steps",
     "eval_steps": 200,
@@ -117,7 +117,7 @@ REAL = {
 
 
 def build(script_args, training_args, model_args, train_dataset, eval_dataset, tokenizer):
-    """The policy that is trained, the reference that it may not leave too far behind, and the trainer that holds both.
+    """The policy that is trained, the reference that it must stay near, and the trainer that holds both.
 
     Without ref_model the trainer loads the same weights a second time; with an adapter (--use_peft) the reference is the
     policy with the adapter switched off.
@@ -127,6 +127,7 @@ def build(script_args, training_args, model_args, train_dataset, eval_dataset, t
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
     } | (training_args.model_init_kwargs or {})
+    set_seed(training_args.seed)  # an adapter starts from random numbers
     return DPOTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
@@ -139,18 +140,19 @@ def build(script_args, training_args, model_args, train_dataset, eval_dataset, t
 
 
 def show_row(trainer) -> None:
-    """Prints one row as the model sees it, and how many of the first thousand lose their end to max_length."""
+    """Prints one row as the model sees it, and how many of the first thousand pairs max_length cuts.
+
+    TRL has dropped the pairs whose prompt alone fills it.
+    """
     say, tokenizer = trainer.accelerator.print, trainer.processing_class
     rows = list(islice(trainer.train_dataset, 1000))
     lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
     limit = trainer.args.max_length or max(lengths, default=0)
     cut = sum(length > limit for length in lengths)
-    if cut == len(lengths):
-        stop(
-            f"every pair is longer than max_length={limit} tokens, so no answer has an end: give a larger --max_length"
-        )
+    if cut == len(lengths) and trainer.args.truncation_mode == "keep_start":
+        stop(f"every pair is longer than max_length={limit} tokens and loses an end: give a larger --max_length")
     if cut:
-        say(f"{cut} of the first {len(lengths)} pairs are longer than max_length={limit} tokens and lose their end.\n")
+        say(f"{cut} of the first {len(lengths)} pairs are longer than max_length={limit} tokens and are cut.\n")
     for part in ("prompt_ids", "chosen_ids", "rejected_ids"):  # only the tokens of the two answers carry loss
         say(f"{part:13}{tokenizer.decode(rows[0][part])}")
 
@@ -186,7 +188,7 @@ def held_out(trainer, rows: list[dict], toy: bool) -> tuple[dict[str, float], li
     figures = {name: metrics[f"eval_{name}"] for name in FIGURES if f"eval_{name}" in metrics}
     if toy:
         rows = list(load_dataset(str(WORLD / "data" / "prompt_only"), split="test"))
-    rows = [row for row in rows if "text" not in row]  # plain text has no prompt
+    rows = [row for row in rows if {"messages", "prompt"} & set(row)]  # plain text has no prompt
     if not rows:
         return figures, []
     prompts = [prompt_ids(row, trainer.processing_class) for row in rows]
@@ -283,6 +285,8 @@ def load_split(dataset, split: str):
     if "chosen" in columns and isinstance(first["chosen"], list):
         # HuggingFaceH4/ultrafeedback_binarized has the prompt also as a text, and the chosen conversation also as messages
         twice = {"messages"} | ({"prompt"} if isinstance(first.get("prompt"), str) else set())
+        if "prompt" in twice and not any(message["role"] == "user" for message in first["chosen"]):
+            stop("the prompt is a text, and the answers are messages without it: make the prompt a list of messages")
         return dataset[split].remove_columns(sorted(twice & set(first)))
     return dataset[split]
 
@@ -307,11 +311,14 @@ def load_tokenizer(script_args, training_args, model_args, first_row):
         spare = [token for token in vocabulary if re.match(r"[<\[].*(pad|reserved|unused|unk)", token)][:3]
         stop(
             f"the tokenizer of {name!r} pads with {tokenizer.pad_token!r} and ends answers with {tokenizer.eos_token!r}: "
-            "whoever masks the padding masks the end too, and such a model never learns to stop. Give a token that no "
+            "many trainers mask the end with the padding, and such a model never learns to stop. Give a token that no "
             "text holds with --pad_token" + (f", for example one of {spare}" if spare else "")
         )
     columns = {name: value for name, value in first_row.items() if not isinstance(value, str)}  # a text beside messages
-    if is_conversational(columns) and tokenizer.chat_template is None:
+    template = getattr(training_args, "chat_template_path", None)  # a file, or a model whose template the trainer takes
+    if template and Path(template).is_file():
+        tokenizer.chat_template = Path(template).read_text("utf-8")
+    if is_conversational(columns) and tokenizer.chat_template is None and template is None:
         stop(f"the rows are conversations, and the tokenizer of {name!r} has no chat template: take an instruct model")
     return tokenizer
 

@@ -30,7 +30,7 @@ Run it:
     python gkd.py                                               # the toy world, no network, no GPU needed
     python gkd.py --model_name_or_path Qwen/Qwen3-0.6B --teacher_model_name_or_path Qwen/Qwen3-1.7B      # on a GPU
     python gkd.py --model_name_or_path ... --teacher_model_name_or_path ... --dataset_name ...           # your data
-    accelerate launch gkd.py --model_name_or_path ... --teacher_model_name_or_path ... --use_peft --load_in_4bit
+    accelerate launch gkd.py ... --use_peft --load_in_4bit --learning_rate 2e-4
 
 What to look at: the loss is in nats per token and falls towards 0, which it would reach where both models agree.
 """
@@ -51,7 +51,7 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from packaging.version import Version
 from torch.random import fork_rng
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import is_torch_bf16_gpu_available
 
 
@@ -84,7 +84,8 @@ from trl.models.utils import unwrap_model_for_generation
 #   beta = 0.5      both directions of the KL divergence count; 0 is KL(teacher || student), 1 is KL(student || teacher)
 #   seq_kd = False  the data's answers are taken as they are; True has the teacher write new ones
 # SFT's options are flags here too, but most do nothing: the loss is always on the last answer and on nothing else
-# (--assistant_only_loss, --completion_only_loss), it is always the divergence (--loss_type), and rows are never packed.
+# (--completion_only_loss), and always the divergence (--loss_type). Leave --packing and --assistant_only_loss out: they can
+# stop the run.
 
 SCRIPT = "gkd"
 FLAGS = (ScriptArguments, GKDConfig, ModelConfig, DatasetMixtureConfig)  # each of their fields is a flag
@@ -112,14 +113,14 @@ TOY = {
 REAL = {
     "dataset_name": "trl-lib/Capybara",
     "temperature": 1.0,  # TRL's 0.9 shows the teacher fewer of the student's rare mistakes
-    "max_new_tokens": 256,  # for the student's own answers; the divergence needs no end to compare
+    "max_new_tokens": 256,  # of the student's own answers; one that is cut off teaches too
     "max_length": 1024,  # longer conversations are left out
     "per_device_train_batch_size": 1,  # the loss holds 17 float32 numbers for each token and word of the vocabulary:
-    "per_device_eval_batch_size": 1,  # 10.6 GB for 1024 tokens of Qwen3
+    "per_device_eval_batch_size": 1,  # 10.6 GB for 1024 tokens of Qwen3; a row that is sampled may have up to 1279
     "gradient_accumulation_steps": 16,
     "gradient_checkpointing": False,  # with it TRL samples without a cache, and each token costs all earlier ones again
     "num_train_epochs": 1,  # take more only while the held-out loss still falls
-    "warmup_steps": 0.03,  # a share of all steps; the first gradients are the largest
+    "warmup_steps": 0.03,  # a share of all steps
     "lr_scheduler_type": "cosine",
     "eval_strategy": "steps",
     "eval_steps": 200,
@@ -144,6 +145,7 @@ def build(script_args, training_args, model_args, train_dataset, eval_dataset, t
     with training_args.main_process_first():
         train_rows = prepare(train_dataset, training_args, tokenizer)
         eval_rows = eval_dataset and prepare(eval_dataset, training_args, tokenizer)
+    set_seed(training_args.seed)  # an adapter starts from random numbers
     trainer = GKDTrainer(
         model=model_args.model_name_or_path,
         teacher_model=teacher,
@@ -215,7 +217,7 @@ def prepare(dataset, training_args, tokenizer):
     if next(iter(dataset), None) is None:
         stop(
             f"no conversation ends with an answer and fits into max_length={training_args.max_length} tokens: give a "
-            "larger --max_length"
+            "larger --max_length, or conversations whose last message is the assistant's"
         )
     return dataset
 
@@ -260,7 +262,7 @@ def held_out(trainer, rows: list[dict], toy: bool) -> tuple[dict[str, float], li
     figures = {name: metrics[f"eval_{name}"] for name in FIGURES if f"eval_{name}" in metrics}
     if toy:
         rows = list(load_dataset(str(WORLD / "data" / "prompt_only"), split="test"))
-    rows = [row for row in rows if "text" not in row]  # plain text has no prompt
+    rows = [row for row in rows if {"messages", "prompt"} & set(row)]  # plain text has no prompt
     if not rows:
         return figures, []
     prompts = [prompt_ids(row, trainer.processing_class) for row in rows]
@@ -357,6 +359,8 @@ def load_split(dataset, split: str):
     if "chosen" in columns and isinstance(first["chosen"], list):
         # HuggingFaceH4/ultrafeedback_binarized has the prompt also as a text, and the chosen conversation also as messages
         twice = {"messages"} | ({"prompt"} if isinstance(first.get("prompt"), str) else set())
+        if "prompt" in twice and not any(message["role"] == "user" for message in first["chosen"]):
+            stop("the prompt is a text, and the answers are messages without it: make the prompt a list of messages")
         return dataset[split].remove_columns(sorted(twice & set(first)))
     return dataset[split]
 
@@ -381,11 +385,14 @@ def load_tokenizer(script_args, training_args, model_args, first_row):
         spare = [token for token in vocabulary if re.match(r"[<\[].*(pad|reserved|unused|unk)", token)][:3]
         stop(
             f"the tokenizer of {name!r} pads with {tokenizer.pad_token!r} and ends answers with {tokenizer.eos_token!r}: "
-            "whoever masks the padding masks the end too, and such a model never learns to stop. Give a token that no "
+            "many trainers mask the end with the padding, and such a model never learns to stop. Give a token that no "
             "text holds with --pad_token" + (f", for example one of {spare}" if spare else "")
         )
     columns = {name: value for name, value in first_row.items() if not isinstance(value, str)}  # a text beside messages
-    if is_conversational(columns) and tokenizer.chat_template is None:
+    template = getattr(training_args, "chat_template_path", None)  # a file, or a model whose template the trainer takes
+    if template and Path(template).is_file():
+        tokenizer.chat_template = Path(template).read_text("utf-8")
+    if is_conversational(columns) and tokenizer.chat_template is None and template is None:
         stop(f"the rows are conversations, and the tokenizer of {name!r} has no chat template: take an instruct model")
     return tokenizer
 

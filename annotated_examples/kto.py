@@ -13,12 +13,13 @@
 # ///
 """Kahneman-Tversky Optimization (KTO): learn from single answers with a thumbs up or down, without pairs.
 
-The loss of one row, with log-probabilities summed over the answer's tokens (Ethayarajh et al. 2024, arXiv 2402.01306, section 4.1):
+The loss of one row, with log-probabilities summed over the answer's tokens (Ethayarajh et al. 2024, arXiv 2402.01306,
+section 4.1):
 
     loss = w * (1 - sigmoid(s * beta * (logp(answer) - ref_logp(answer) - kl)))
 
-s is 1 for a good answer and -1 for a bad one, and w is desirable_weight or undesirable_weight. kl is how far the policy has
-moved on answers to other prompts of the batch: their mean of logp - ref_logp, at least 0, without a gradient.
+s is 1 for a good answer and -1 for a bad one, and w is desirable_weight or undesirable_weight. kl is the mean of
+logp - ref_logp where each prompt has the answer to another one of the batch; at least 0, without a gradient.
 
 One row of data (pairs with chosen and rejected are taken too, as one good and one bad row each):
 
@@ -105,6 +106,7 @@ TOY = {
     "undesirable_weight": 2.0,  # one answer in three is bad: so both kinds weigh the same in sum
     "learning_rate": 2e-4,
     "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 16,  # TRL pairs the held-out rows for kl by the size of a training batch
     "max_steps": 80,
     "logging_steps": 5,
     "max_length": 96,  # tokens of prompt and answer; the longest row has fewer
@@ -117,10 +119,10 @@ REAL = {
     "dataset_name": "trl-lib/kto-mix-14k",  # as many good as bad answers; for others TRL prints the weights to choose from
     "learning_rate": 1e-6,  # for full fine-tuning; take about ten times more with --use_peft
     "per_device_train_batch_size": 4,  # kl is a mean over these few, and TRL refuses 1
-    "per_device_eval_batch_size": 4,  # TRL pairs the held-out rows for kl by the size of a training batch
+    "per_device_eval_batch_size": 4,  # the same: TRL pairs the held-out rows for kl by the size of a training batch
     "gradient_accumulation_steps": 8,  # 32 rows for each step of the optimizer
     "num_train_epochs": 1,  # take more only while the held-out loss still falls
-    "warmup_steps": 0.1,  # a share of all steps; the first gradients are the largest
+    "warmup_steps": 0.1,  # a share of all steps
     "lr_scheduler_type": "cosine",
     "eval_strategy": "steps",
     "eval_steps": 200,
@@ -132,13 +134,17 @@ REAL = {
 
 
 def single_answers(dataset, seed: int):
-    """Rows with one answer each, in random order.
+    """Rows with one answer each, in random order (a stream is mixed within a thousand rows only).
 
     This trainer takes the rows as they stand and never shuffles them: a file with all good answers first would be learned
     in batches of one kind.
     """
-    if "chosen" in next(iter(dataset)):  # each pair becomes a good row and a bad one
-        dataset = unpair_preference_dataset(dataset.map(maybe_extract_prompt))
+    columns = set(next(iter(dataset)))
+    pairs = not {"completion", "label"} <= columns
+    misleading = {"completion", "label"} if pairs else {"chosen", "rejected", "messages"}  # TRL would read them
+    dataset = dataset.remove_columns(sorted(columns & misleading))
+    if pairs:  # each becomes a good row and a bad one, a hundred of each in turn
+        dataset = unpair_preference_dataset(dataset.map(maybe_extract_prompt), batch_size=100)
     return dataset.shuffle(seed=seed)
 
 
@@ -163,9 +169,10 @@ def build(script_args, training_args, model_args, train_dataset, eval_dataset, t
     train_dataset = single_answers(train_dataset, training_args.seed)
     labels = labels_of(train_dataset, script_args.dataset_train_split)
     if len(labels) == 1:
+        only = labels.pop()
         stop(
-            f"every label in the split {script_args.dataset_train_split!r} is {labels.pop().lower()}, and KTO needs good "
-            "and bad answers: add the other kind, or train on good answers alone with sft.py"
+            f"every label in the split {script_args.dataset_train_split!r} is {only.lower()}, and KTO needs good and bad "
+            "answers: add the other kind" + (", or train on good answers alone with sft.py" if only == "True" else "")
         )
     if eval_dataset is not None:
         eval_dataset = single_answers(eval_dataset, training_args.seed)
@@ -176,7 +183,7 @@ def build(script_args, training_args, model_args, train_dataset, eval_dataset, t
         "dtype": model_args.dtype,
     } | (training_args.model_init_kwargs or {})
     set_seed(training_args.seed)  # an adapter starts from random numbers
-    return KTOTrainer(
+    trainer = KTOTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=train_dataset,
@@ -185,6 +192,12 @@ def build(script_args, training_args, model_args, train_dataset, eval_dataset, t
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    if isinstance(train_dataset, Dataset) and (dropped := len(train_dataset) - len(trainer.train_dataset)):
+        trainer.accelerator.print(
+            f"{dropped} of {len(train_dataset)} rows have a prompt that fills max_length={training_args.max_length} and are "
+            "left out.\n"
+        )
+    return trainer
 
 
 def show_row(trainer) -> None:
@@ -235,7 +248,7 @@ def held_out(trainer, rows: list[dict], toy: bool) -> tuple[dict[str, float], li
     figures = {name: metrics[f"eval_{name}"] for name in FIGURES if f"eval_{name}" in metrics}
     if toy:
         rows = list(load_dataset(str(WORLD / "data" / "prompt_only"), split="test"))
-    rows = [row for row in rows if "text" not in row]  # plain text has no prompt
+    rows = [row for row in rows if {"messages", "prompt"} & set(row)]  # plain text has no prompt
     if not rows:
         return figures, []
     prompts = [prompt_ids(row, trainer.processing_class) for row in rows]
@@ -332,6 +345,8 @@ def load_split(dataset, split: str):
     if "chosen" in columns and isinstance(first["chosen"], list):
         # HuggingFaceH4/ultrafeedback_binarized has the prompt also as a text, and the chosen conversation also as messages
         twice = {"messages"} | ({"prompt"} if isinstance(first.get("prompt"), str) else set())
+        if "prompt" in twice and not any(message["role"] == "user" for message in first["chosen"]):
+            stop("the prompt is a text, and the answers are messages without it: make the prompt a list of messages")
         return dataset[split].remove_columns(sorted(twice & set(first)))
     return dataset[split]
 
@@ -356,11 +371,14 @@ def load_tokenizer(script_args, training_args, model_args, first_row):
         spare = [token for token in vocabulary if re.match(r"[<\[].*(pad|reserved|unused|unk)", token)][:3]
         stop(
             f"the tokenizer of {name!r} pads with {tokenizer.pad_token!r} and ends answers with {tokenizer.eos_token!r}: "
-            "whoever masks the padding masks the end too, and such a model never learns to stop. Give a token that no "
+            "many trainers mask the end with the padding, and such a model never learns to stop. Give a token that no "
             "text holds with --pad_token" + (f", for example one of {spare}" if spare else "")
         )
     columns = {name: value for name, value in first_row.items() if not isinstance(value, str)}  # a text beside messages
-    if is_conversational(columns) and tokenizer.chat_template is None:
+    template = getattr(training_args, "chat_template_path", None)  # a file, or a model whose template the trainer takes
+    if template and Path(template).is_file():
+        tokenizer.chat_template = Path(template).read_text("utf-8")
+    if is_conversational(columns) and tokenizer.chat_template is None and template is None:
         stop(f"the rows are conversations, and the tokenizer of {name!r} has no chat template: take an instruct model")
     return tokenizer
 

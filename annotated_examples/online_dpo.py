@@ -30,7 +30,7 @@ Run it:
     python online_dpo.py --reward_model_path outputs/reward-toy        # a reward model that reward.py has written
     python online_dpo.py --model_name_or_path Qwen/Qwen3-0.6B --reward_model_path Skywork/Skywork-Reward-V2-Qwen3-0.6B
     python online_dpo.py ... --dataset_name ...                        # your data
-    python online_dpo.py ... --reward_funcs exact_answer brevity --reward_weights 1 0.1
+    python online_dpo.py ... --reward_funcs exact_answer brevity --reward_weights 1 0.1     # a reward model comes last
     python online_dpo.py ... --reward_funcs my_module.my_function      # yours, from a file my_module.py beside you
     accelerate launch online_dpo.py ... --use_peft --load_in_4bit --learning_rate 5e-6
 
@@ -109,7 +109,7 @@ WORLD = Path(__file__).resolve().parent / "toy"
 
 TOY = {
     "model_name_or_path": str(WORLD / "policy"),  # 0.9M parameters: adds well, slips often (toy/README.md)
-    "reward_model_path": str(WORLD / "reward_model"),  # gives a right answer about 6 and a wrong one about -7
+    "reward_model_path": str(WORLD / "reward_model"),  # gives a right answer about 6 and a wrong one about -8
     "dataset_name": str(WORLD / "data" / "prompt_only"),  # sums that it has never seen
     "output_dir": "outputs/online_dpo-toy",
     "beta": 1.0,  # holds the policy near the reference. At TRL's 0.1, one seed of three found wrong answers that the reward
@@ -140,7 +140,7 @@ REAL = {
     "missing_eos_penalty": 1.0,  # taken from the reward of an answer that was cut. The reward model does not see that it was:
     # it reads the answer in its own chat template, which closes it
     "num_train_epochs": 1,  # so that every prompt is new
-    "warmup_steps": 0.1,  # a share of all steps; the first gradients are the largest
+    "warmup_steps": 0.1,  # a share of all steps
     "lr_scheduler_type": "cosine",
     "eval_strategy": "steps",  # OnlineDPOTrainer cannot evaluate; this loads the prompts for the samples before and after
     "bf16": is_torch_bf16_gpu_available(),  # TRL turns bf16 on by itself, which stops on a machine without such a GPU
@@ -157,7 +157,7 @@ def text_of(completion) -> str:
 
 def number_in(text: str) -> float | None:
     """The number behind the last #: 19.0 for "7+9=16 16+3=19 #19", 1234.0 for "#### 1,234"."""
-    found = re.findall(r"#\s*\$?(-?[\d,]*\.?\d+)", text)
+    found = re.findall(r"#\s*\$?(-?[\d,]*\.?\d+)(?![.,]?\d|[/^\\])", text)
     return float(found[-1].replace(",", "")) if found else None
 
 
@@ -176,11 +176,11 @@ def exact_answer(completions, answer, **others) -> list[float | None]:
 
 def answer_format(completions, **others) -> list[float]:
     """1 where the answer ends with # and a number, right or wrong."""
-    return [float(bool(re.search(r"#\s*-?[\d,]*\.?\d+\s*$", text_of(completion)))) for completion in completions]
+    return [float(bool(re.search(r"#\s*\$?-?[\d,]*\.?\d+\s*$", text_of(completion)))) for completion in completions]
 
 
 def brevity(completion_ids, **others) -> list[float]:
-    """Minus one for each thousand tokens: of two right answers, the shorter one is better."""
+    """Minus one for each thousand tokens: of two answers that are equally right or wrong, the shorter one is better."""
     return [-len(ids) / 1000 for ids in completion_ids]
 
 
@@ -192,6 +192,8 @@ def reward_functions(script_args, columns: set[str]) -> list:
     names = script_args.reward_funcs or []
     given = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
     given |= columns - {"prompt", "completion"}
+    if taken := columns & {"prompts", "completions"}:
+        stop(f"TRL passes {' and '.join(sorted(taken))} itself: rename or remove such columns of the data set")
     functions = []
     sys.path.insert(0, str(Path.cwd()))  # where my_module.py is
     for name in names:
@@ -222,9 +224,12 @@ def as_grpo_calls_it(function, tokenizer):
     """The reward function, so that one written for grpo.py does the same here.
 
     OnlineDPOTrainer fills completion_ids up to one length, has nowhere to log what a function wants to log, and takes None
-    for a reward of 0.
+    for 0: a pair of two None is a tie, and trained on.
     """
-    name, nowhere = function.__name__, {"log_extra": lambda *_, **__: None, "log_metric": lambda *_, **__: None}
+    name, nowhere = (
+        getattr(function, "__name__", type(function).__name__),
+        {"log_extra": lambda *_, **__: None, "log_metric": lambda *_, **__: None},
+    )
 
     @wraps(function)
     def call(completion_ids, **others):
@@ -250,12 +255,18 @@ def as_grpo_calls_it(function, tokenizer):
     return call
 
 
+def holds_adapter(name: str) -> bool:
+    """Whether a folder or a repository is an adapter. One that is not there is none; the loading says so."""
+    try:
+        return bool(find_adapter_config_file(name))
+    except OSError:
+        return False
+
+
 def check_flags(script_args, training_args, model_args) -> None:
     """Stops at flags with which OnlineDPOTrainer would break off later, or train something else than was meant."""
     if script_args.reward_funcs and training_args.reward_model_path == TOY["reward_model_path"]:
-        training_args.reward_model_path = (
-            None  # on the toy, functions replace its reward model; another one adds to them
-        )
+        training_args.reward_model_path = None  # functions replace the toy's reward model, and add to any other
     if not script_args.reward_funcs and training_args.reward_model_path is None:
         stop(
             "nothing says which of two answers is the better one: give --reward_model_path, for example "
@@ -274,16 +285,16 @@ def check_flags(script_args, training_args, model_args) -> None:
         (model_args.model_name_or_path, "CausalLM", ""),
         (training_args.reward_model_path, "SequenceClassification", ", num_labels=1"),
     ):
-        if name and find_adapter_config_file(name):  # transformers would load it with its base, and freeze both
+        if name and holds_adapter(name):  # of the policy, transformers would freeze both
             stop(
-                f"{name!r} holds an adapter, which would be frozen like its base. Merge it into its base: peft.AutoPeftModelFor{kind}"
+                f"{name!r} holds an adapter and not a whole model. Merge it into its base: peft.AutoPeftModelFor{kind}"
                 f".from_pretrained({name!r}{more}).merge_and_unload().save_pretrained(FOLDER), copy the tokenizer's files "
                 "there too, and give that folder"
             )
 
 
 def short_prompts(dataset, tokenizer, training_args):
-    """The rows whose prompt leaves room for an answer. TRL samples from longer prompts too, and cuts them after that or never."""
+    """The rows whose prompt leaves room for an answer. TRL samples from longer prompts whole, whatever max_length says."""
     limit = training_args.max_length - training_args.max_new_tokens
     with PartialState().main_process_first():
         short = dataset.filter(lambda row: len(prompt_ids(row, tokenizer)) <= limit)
@@ -353,13 +364,15 @@ def build(script_args, training_args, model_args, train_dataset, eval_dataset, t
     # With a stream, accelerate would send each process its batches, and can send tensors only
     training_args.accelerator_config.dispatch_batches = False
 
-    # What judges the answers
+    # What judges the answers. TRL passes some of its own under the names of columns.
+    taken = {"messages", "prompts", "completions", "completion_ids", "trainer_state"} & set(next(iter(train_dataset)))
+    train_dataset = train_dataset.remove_columns(sorted(taken))
     first_row = next(iter(train_dataset))
     rewards = [as_grpo_calls_it(function, tokenizer) for function in reward_functions(script_args, set(first_row))]
     tokenizers = [None] * len(rewards)
     if training_args.reward_model_path is not None:
         reward_model, its_tokenizer = load_reward_model(training_args, model_args)
-        if is_conversational(first_row) and its_tokenizer.chat_template is None:
+        if is_conversational({"prompt": first_row["prompt"]}) and its_tokenizer.chat_template is None:
             stop(
                 f"the prompts are conversations, and the tokenizer of the reward model {training_args.reward_model_path!r} "
                 "has no chat template: take one that was trained on conversations, or save a template with it"
@@ -388,7 +401,7 @@ def build(script_args, training_args, model_args, train_dataset, eval_dataset, t
 
 
 def sample_pairs(trainer, rows: list[dict]) -> tuple[list[list[int]], list[list[int]]]:
-    """First answers and second answers to these rows, as token ids, sampled as in training."""
+    """First answers and second answers to these rows, as token ids, with training's temperature, top_p and top_k."""
     args, tokenizer = trainer.args, trainer.processing_class
     prompts = 2 * [prompt_ids(row, tokenizer) for row in rows]
     gpus = [args.device] if args.device.type == "cuda" else []
@@ -409,9 +422,8 @@ def sample_pairs(trainer, rows: list[dict]) -> tuple[list[list[int]], list[list[
             cut += 1
     if cut == len(answers):
         stop(
-            f"all of {cut} sampled answers were cut at max_new_tokens={args.max_new_tokens} tokens before they came to "
-            "their end, so no reward would judge a whole one: give a larger --max_new_tokens, or a model that comes to an "
-            "end"
+            f"none of {cut} answers has {tokenizer.eos_token!r} within max_new_tokens={args.max_new_tokens} tokens, and TRL knows "
+            "no other end: give a larger --max_new_tokens, or a model whose tokenizer has the end of a turn as its eos_token"
         )
     if cut:
         trainer.accelerator.print(
@@ -448,7 +460,7 @@ def show_row(trainer) -> None:
 @torch.no_grad()
 def look_at_rewards(trainer, rows: list[dict], answers: list[list[int]]) -> dict[str, list[float | None]]:
     """What each reward function and the reward model give to these answers, called as the trainer calls them, and the sum."""
-    args, chat = trainer.args, is_conversational(rows[0])
+    args, chat = trainer.args, is_conversational({"prompt": rows[0]["prompt"]})
     texts = trainer.processing_class.batch_decode(answers, skip_special_tokens=True)
     prompts = [row["prompt"] for row in rows]
     completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
@@ -458,6 +470,7 @@ def look_at_rewards(trainer, rows: list[dict], answers: list[list[int]]) -> dict
     for name, function, reader in zip(
         trainer.reward_func_names, trainer.reward_funcs, trainer.reward_processing_classes, strict=True
     ):
+        name = name if name not in rewards else f"{name} {len(rewards) + 1}"  # two functions may have one name
         if isinstance(function, torch.nn.Module):
             whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
             if chat:
@@ -515,7 +528,7 @@ def held_out(trainer, rows: list[dict], toy: bool) -> tuple[dict[str, float], li
     figures = {name: metrics[f"eval_{name}"] for name in FIGURES if f"eval_{name}" in metrics}
     if toy:
         rows = list(load_dataset(str(WORLD / "data" / "prompt_only"), split="test"))
-    rows = [row for row in rows if "text" not in row]  # plain text has no prompt
+    rows = [row for row in rows if {"messages", "prompt"} & set(row)]  # plain text has no prompt
     if not rows:
         return figures, []
     prompts = [prompt_ids(row, trainer.processing_class) for row in rows]
@@ -612,6 +625,8 @@ def load_split(dataset, split: str):
     if "chosen" in columns and isinstance(first["chosen"], list):
         # HuggingFaceH4/ultrafeedback_binarized has the prompt also as a text, and the chosen conversation also as messages
         twice = {"messages"} | ({"prompt"} if isinstance(first.get("prompt"), str) else set())
+        if "prompt" in twice and not any(message["role"] == "user" for message in first["chosen"]):
+            stop("the prompt is a text, and the answers are messages without it: make the prompt a list of messages")
         return dataset[split].remove_columns(sorted(twice & set(first)))
     return dataset[split]
 
@@ -636,11 +651,14 @@ def load_tokenizer(script_args, training_args, model_args, first_row):
         spare = [token for token in vocabulary if re.match(r"[<\[].*(pad|reserved|unused|unk)", token)][:3]
         stop(
             f"the tokenizer of {name!r} pads with {tokenizer.pad_token!r} and ends answers with {tokenizer.eos_token!r}: "
-            "whoever masks the padding masks the end too, and such a model never learns to stop. Give a token that no "
+            "many trainers mask the end with the padding, and such a model never learns to stop. Give a token that no "
             "text holds with --pad_token" + (f", for example one of {spare}" if spare else "")
         )
     columns = {name: value for name, value in first_row.items() if not isinstance(value, str)}  # a text beside messages
-    if is_conversational(columns) and tokenizer.chat_template is None:
+    template = getattr(training_args, "chat_template_path", None)  # a file, or a model whose template the trainer takes
+    if template and Path(template).is_file():
+        tokenizer.chat_template = Path(template).read_text("utf-8")
+    if is_conversational(columns) and tokenizer.chat_template is None and template is None:
         stop(f"the rows are conversations, and the tokenizer of {name!r} has no chat template: take an instruct model")
     return tokenizer
 

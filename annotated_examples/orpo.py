@@ -100,7 +100,7 @@ TOY = {
     "dataset_name": str(WORLD / "data" / "preference"),  # pairs sampled from this very policy
     "output_dir": "outputs/orpo-toy",
     "beta": 10.0,  # the policy has never had to write a problem, so at 0.1 the prompts in the first term give nearly all of
-    # the gradient, and the answers change little
+    # the gradient, and right answers end near 0.9
     "learning_rate": 3e-4,
     "per_device_train_batch_size": 16,
     "max_steps": 60,
@@ -113,13 +113,13 @@ TOY = {
 
 REAL = {
     "dataset_name": "trl-lib/ultrafeedback_binarized",
-    "learning_rate": 5e-6,  # for full fine-tuning, which is a part of this loss, so it takes more than DPO; the examples of
-    # TRL take ten times more with --use_peft
+    "learning_rate": 5e-6,  # for full fine-tuning; more than DPO takes, as supervised training is a part of this loss; the
+    # examples of TRL take ten times more with --use_peft
     "per_device_train_batch_size": 2,  # four answers at once: with a large vocabulary the logits take most of the memory
     "gradient_accumulation_steps": 16,  # 32 pairs for each step of the optimizer
     "per_device_eval_batch_size": 4,
     "num_train_epochs": 1,  # take more only while the held-out loss still falls
-    "warmup_steps": 0.1,  # a share of all steps; the first gradients are the largest
+    "warmup_steps": 0.1,  # a share of all steps
     "lr_scheduler_type": "cosine",
     "eval_strategy": "steps",
     "eval_steps": 200,
@@ -141,10 +141,17 @@ class FiniteORPOTrainer(ORPOTrainer):
         return super().odds_ratio_loss(policy_chosen_logps.clamp(max=-1e-6), policy_rejected_logps.clamp(max=-1e-6))
 
 
+def only_pairs(dataset):
+    """What TRL reads of a row. It stumbles over a label beside messages, and over numbers in a column like chosen_logps."""
+    return dataset.select_columns([name for name in next(iter(dataset)) if name in ("prompt", "chosen", "rejected")])
+
+
 def build(script_args, training_args, model_args, train_dataset, eval_dataset, tokenizer):
     """The policy, which is the only model that is held, and the trainer. There is no reference."""
     if not isinstance(train_dataset, Dataset):
         stop("ORPOTrainer tokenizes all rows before it starts and cannot stream them: leave out --dataset_streaming")
+    train_dataset = only_pairs(train_dataset)
+    eval_dataset = None if eval_dataset is None else only_pairs(eval_dataset)
     if training_args.max_completion_length is not None:
         stop("ORPOTrainer reads max_completion_length for encoder-decoder models only: use --max_length here")
     loading = {
@@ -176,8 +183,9 @@ def build(script_args, training_args, model_args, train_dataset, eval_dataset, t
 def whole_pairs(trainer, rows):
     """The pairs that fit into max_length. TRL 1.12 cuts the others in the wrong place, some down to no answer at all.
 
-    It keeps as many tokens of each answer as max_length exceeds the longer answer, not the prompt. The mean over an empty
-    answer is 0/0, and one such row is enough to fill the model with nan (huggingface/trl#6548).
+    It cuts each answer to max_length minus the length of the longer answer, where the prompt's length is meant. Where the mean
+    over an answer counts (ORPO, simpo, ipo), an empty one is 0/0, and one such row fills the model with nan; where the sum
+    does, it counts as certain (huggingface/trl#6548).
     """
     end, limit = trainer.processing_class.eos_token_id, trainer.max_length
 
@@ -196,7 +204,7 @@ def whole_pairs(trainer, rows):
 
 
 def show_row(trainer) -> None:
-    """Prints one row as the model sees it, after a look whether there is anything to prefer.
+    """Prints one row as the model sees it, after a check that there is something to prefer.
 
     TRL adds the end token to an answer that does not end with it. Where the chat template writes a newline behind it, as
     Qwen's does, an answer has two of them.
@@ -241,7 +249,7 @@ def held_out(trainer, rows: list[dict], toy: bool) -> tuple[dict[str, float], li
     figures = {name: metrics[f"eval_{name}"] for name in FIGURES if f"eval_{name}" in metrics}
     if toy:
         rows = list(load_dataset(str(WORLD / "data" / "prompt_only"), split="test"))
-    rows = [row for row in rows if "text" not in row]  # plain text has no prompt
+    rows = [row for row in rows if {"messages", "prompt"} & set(row)]  # plain text has no prompt
     if not rows:
         return figures, []
     prompts = [prompt_ids(row, trainer.processing_class) for row in rows]
@@ -338,6 +346,8 @@ def load_split(dataset, split: str):
     if "chosen" in columns and isinstance(first["chosen"], list):
         # HuggingFaceH4/ultrafeedback_binarized has the prompt also as a text, and the chosen conversation also as messages
         twice = {"messages"} | ({"prompt"} if isinstance(first.get("prompt"), str) else set())
+        if "prompt" in twice and not any(message["role"] == "user" for message in first["chosen"]):
+            stop("the prompt is a text, and the answers are messages without it: make the prompt a list of messages")
         return dataset[split].remove_columns(sorted(twice & set(first)))
     return dataset[split]
 
@@ -362,11 +372,14 @@ def load_tokenizer(script_args, training_args, model_args, first_row):
         spare = [token for token in vocabulary if re.match(r"[<\[].*(pad|reserved|unused|unk)", token)][:3]
         stop(
             f"the tokenizer of {name!r} pads with {tokenizer.pad_token!r} and ends answers with {tokenizer.eos_token!r}: "
-            "whoever masks the padding masks the end too, and such a model never learns to stop. Give a token that no "
+            "many trainers mask the end with the padding, and such a model never learns to stop. Give a token that no "
             "text holds with --pad_token" + (f", for example one of {spare}" if spare else "")
         )
     columns = {name: value for name, value in first_row.items() if not isinstance(value, str)}  # a text beside messages
-    if is_conversational(columns) and tokenizer.chat_template is None:
+    template = getattr(training_args, "chat_template_path", None)  # a file, or a model whose template the trainer takes
+    if template and Path(template).is_file():
+        tokenizer.chat_template = Path(template).read_text("utf-8")
+    if is_conversational(columns) and tokenizer.chat_template is None and template is None:
         stop(f"the rows are conversations, and the tokenizer of {name!r} has no chat template: take an instruct model")
     return tokenizer
 

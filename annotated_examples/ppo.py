@@ -30,10 +30,10 @@ Run it:
 
     python ppo.py                                               # the toy world, no network, no GPU needed
     python ppo.py --model_name_or_path Qwen/Qwen3-0.6B --reward_model_path Skywork/Skywork-Reward-V2-Qwen3-0.6B
-    python ppo.py --model_name_or_path SFT_FOLDER --reward_model_path REWARD_FOLDER     # behind sft.py and reward.py
+    python ppo.py --model_name_or_path SFT_FOLDER --reward_model_path REWARD_FOLDER     # after sft.py and reward.py
     accelerate launch ppo.py --model_name_or_path ... --reward_model_path ... --use_peft --dtype bfloat16
 
-What to look at: objective/scores rises, objective/kl does not run away with it, and the held-out answers get better.
+What to look at: objective/scores rises, objective/kl does not grow without end, and the held-out answers get better.
 """
 
 import json
@@ -113,18 +113,18 @@ WORLD = Path(__file__).resolve().parent / "toy"
 
 TOY = {
     "model_name_or_path": str(WORLD / "policy"),  # 0.9M parameters: adds well, slips often (toy/README.md)
-    "reward_model_path": str(WORLD / "reward_model"),  # gives a right answer about 6 and a wrong one about -7
+    "reward_model_path": str(WORLD / "reward_model"),  # gives a right answer about 6 and a wrong one about -8
     "sft_model_path": None,  # PPOTrainer never reads it: the policy is model_name_or_path, as in all these scripts
     "dataset_name": str(WORLD / "data" / "prompt_only"),  # sums that it has never seen
     "output_dir": "outputs/ppo-toy",
     "learning_rate": 1e-4,  # 30 times TRL's default: a model of 0.9M parameters moves little at once
     "per_device_train_batch_size": 64,  # answers that are sampled and scored, and then learned from
     "max_steps": 20,  # rounds of that; build() tells PPOTrainer, which counts answers
-    "num_ppo_epochs": 2,  # passes over the answers of a round; the policy that sampled them is left after the first step
+    "num_ppo_epochs": 2,  # passes over the answers of a round; after the first step the policy is not the one that sampled them
     "num_mini_batches": 4,  # steps of the optimizer in each pass, 16 answers each
-    "kl_coef": 1.0,  # score for each nat that an answer is more likely than under the reference; the scores lie 13 apart.
-    # At 0.05, TRL's default, one of two seeds found what the reward model overlooks: 9+2+1+5+2 answered with 1+2=3 3+1=4 ... #11
-    # gets 7.9. Then scores and KL rise (past 1) while right answers fall
+    "kl_coef": 1.0,  # score lost for each nat that an answer is more likely than under the reference; the scores lie 13 apart.
+    # At 0.05, TRL's default, little holds it back from what the reward model overlooks: 9+2+1+5+2 answered with 1+2=3 3+1=4
+    # ... #11 gets 7.9. Scores and KL that rise while right answers fall would show that
     "cliprange_value": 100.0,  # no limit; 0.2 is small for a value model on the scale of these scores
     "temperature": 1.0,  # learns what the held-out answers are sampled with; at 0.7 the slips are rare
     "response_length": 40,  # tokens; the longest right answer has 35
@@ -141,11 +141,12 @@ REAL = {
     "dataset_name": "trl-lib/ultrafeedback-prompt",
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 8,  # 32 answers in each round. Their logits wait in memory until all are sampled: 32
-    # answers * 256 tokens * 152k words of Qwen3 * 4 bytes = 5 GB, and twice that while they are put together
+    # answers * 256 tokens * 152k words of Qwen3 * 4 bytes = 5 GB, twice that while they are put together, three times from the second round on
     "local_rollout_forward_batch_size": 8,  # answers that are sampled at once, and scored by reference and reward model
     "num_train_epochs": 1,  # so that every prompt is new
     "response_length": 256,  # tokens; longer answers are cut
     "stop_token": "eos",  # as above; it is not the default
+    "num_sample_generations": 0,  # a table from a test split of one batch would switch accumulation off
     "missing_eos_penalty": 1.0,  # taken from the score of an answer that is cut: the reward model has seen whole ones only
     "temperature": 1.0,  # TRL's 0.7 would train a sharper policy than the one that is sampled at 1 later
     "warmup_steps": 0.05,  # a share of all rounds
@@ -158,6 +159,14 @@ REAL = {
 
 
 # ---------------------------------------------------------------------------------------------------- model and trainer
+
+
+def holds_adapter(name: str) -> bool:
+    """Whether a folder or a repository is an adapter. One that is not there is none; the loading says so."""
+    try:
+        return bool(find_adapter_config_file(name))
+    except OSError:
+        return False
 
 
 def check_flags(script_args, training_args, model_args) -> None:
@@ -181,9 +190,9 @@ def check_flags(script_args, training_args, model_args) -> None:
         (model_args.model_name_or_path, "CausalLM", ""),
         (training_args.reward_model_path, "SequenceClassification", ", num_labels=1"),
     ):
-        if find_adapter_config_file(name):  # transformers would load it with its base, and freeze both
+        if holds_adapter(name):  # of the policy, transformers would freeze both
             stop(
-                f"{name!r} holds an adapter, which would be frozen like its base. Merge it into its base: peft.AutoPeftModelFor{kind}"
+                f"{name!r} holds an adapter and not a whole model. Merge it into its base: peft.AutoPeftModelFor{kind}"
                 f".from_pretrained({name!r}{more}).merge_and_unload().save_pretrained(FOLDER), copy the tokenizer's files "
                 "there too, and give that folder"
             )
@@ -191,8 +200,8 @@ def check_flags(script_args, training_args, model_args) -> None:
         stop("PPOTrainer has to know the number of prompts: load them without --dataset_streaming")
     if training_args.num_mini_batches > 1 and training_args.gradient_accumulation_steps > 1:
         stop(
-            "with --gradient_accumulation_steps above 1, PPOTrainer takes one step of the optimizer in each pass, whatever "
-            "--num_mini_batches says, and divides its metrics by a wrong number: give 1 for one of the two"
+            "with --gradient_accumulation_steps above 1, PPOTrainer takes fewer steps of the optimizer than --num_mini_batches "
+            "says, and divides its metrics by a wrong number: give 1 for one of the two"
         )
 
 
@@ -242,6 +251,8 @@ def build(script_args, training_args, model_args, train_dataset, eval_dataset, t
     reference is the policy with the adapter switched off.
     """
     check_flags(script_args, training_args, model_args)
+    if training_args.stop_token_id is not None:
+        training_args.stop_token = None  # PPOTrainer takes one of the two
     set_seed(training_args.seed)  # PPOTrainer seeds torch, and not numpy, which shuffles its mini batches
 
     # Data
@@ -312,8 +323,8 @@ def show_row(trainer) -> None:
     cut = sum(end not in answer for answer in answers)
     if cut == len(answers):
         stop(
-            f"none of {cut} answers comes to an end within response_length={limit} tokens, so the reward model would see "
-            "beginnings only: give a larger --response_length"
+            f"none of {cut} answers ends with {end!r} within response_length={limit} tokens, so the reward model would see "
+            "beginnings only: give a larger --response_length, or a tokenizer with the token that ends a turn"
         )
     if cut:
         say(f"{cut} of {len(answers)} answers are longer than response_length={limit} tokens and lose their end.\n")
@@ -357,7 +368,7 @@ def held_out(trainer, rows: list[dict], toy: bool) -> tuple[dict[str, float], li
     figures = {name: metrics[f"eval_{name}"] for name in FIGURES if f"eval_{name}" in metrics}
     if toy:
         rows = list(load_dataset(str(WORLD / "data" / "prompt_only"), split="test"))
-    rows = [row for row in rows if "text" not in row]  # plain text has no prompt
+    rows = [row for row in rows if {"messages", "prompt"} & set(row)]  # plain text has no prompt
     if not rows:
         return figures, []
     prompts = [prompt_ids(row, trainer.processing_class) for row in rows]
@@ -454,6 +465,8 @@ def load_split(dataset, split: str):
     if "chosen" in columns and isinstance(first["chosen"], list):
         # HuggingFaceH4/ultrafeedback_binarized has the prompt also as a text, and the chosen conversation also as messages
         twice = {"messages"} | ({"prompt"} if isinstance(first.get("prompt"), str) else set())
+        if "prompt" in twice and not any(message["role"] == "user" for message in first["chosen"]):
+            stop("the prompt is a text, and the answers are messages without it: make the prompt a list of messages")
         return dataset[split].remove_columns(sorted(twice & set(first)))
     return dataset[split]
 
@@ -478,11 +491,14 @@ def load_tokenizer(script_args, training_args, model_args, first_row):
         spare = [token for token in vocabulary if re.match(r"[<\[].*(pad|reserved|unused|unk)", token)][:3]
         stop(
             f"the tokenizer of {name!r} pads with {tokenizer.pad_token!r} and ends answers with {tokenizer.eos_token!r}: "
-            "whoever masks the padding masks the end too, and such a model never learns to stop. Give a token that no "
+            "many trainers mask the end with the padding, and such a model never learns to stop. Give a token that no "
             "text holds with --pad_token" + (f", for example one of {spare}" if spare else "")
         )
     columns = {name: value for name, value in first_row.items() if not isinstance(value, str)}  # a text beside messages
-    if is_conversational(columns) and tokenizer.chat_template is None:
+    template = getattr(training_args, "chat_template_path", None)  # a file, or a model whose template the trainer takes
+    if template and Path(template).is_file():
+        tokenizer.chat_template = Path(template).read_text("utf-8")
+    if is_conversational(columns) and tokenizer.chat_template is None and template is None:
         stop(f"the rows are conversations, and the tokenizer of {name!r} has no chat template: take an instruct model")
     return tokenizer
 

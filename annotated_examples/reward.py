@@ -32,8 +32,9 @@ Run it:
     python reward.py --model_name_or_path ... --dataset_name ...   # your model, your data
     accelerate launch reward.py --model_name_or_path ... --use_peft --load_in_4bit --learning_rate 1e-4
 
-What to look at: accuracy, the share of pairs in the right order, rises from 0.5 while the loss falls from log 2 = 0.693. The
-folder that it writes is a reward model for ppo.py, online_dpo.py, nash_md.py, xpo.py, grpo.py and rloo.py.
+What to look at: accuracy, the share of pairs in the right order, rises from about 0.5 while the loss falls from about
+log 2 = 0.69. The folder that it writes is a reward model for ppo.py, online_dpo.py, nash_md.py, xpo.py, grpo.py and rloo.py;
+that of --use_peft holds an adapter, to be merged first.
 """
 
 import json
@@ -109,7 +110,7 @@ TOY = {
     # This policy adds, and checks nothing. Without the next three settings as many steps put 0.70 of the pairs in order
     # (validation, one seed); with all but the first, 0.97.
     "system_message": "mark",  # behind it the policy has read marked homework, so there it looks for wrong steps
-    "new_layers": 1,  # it sees them in the last of its four layers, which leaves none to collect them at the answer's end
+    "new_layers": 1,  # (0 to go on with a model of this script) it sees them in the last of its four layers, which leaves none to collect them at the answer's end
     "new_learning_rate": 2e-3,  # for `score` and that layer, which start from random numbers and have a long way to go
     "learning_rate": 2e-4,  # for the others: with 1e-3 for all, they forget what they know before the new ones can read
     # it (0.61 and 0.66 in two seeds)
@@ -130,7 +131,7 @@ REAL = {
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 8,  # 64 pairs for each step of the optimizer
     "num_train_epochs": 1,  # reward models overfit in the second (Ouyang et al. 2022, appendix C.2)
-    "warmup_steps": 0.1,  # a share of all steps; the first gradients are the largest
+    "warmup_steps": 0.1,  # a share of all steps
     "lr_scheduler_type": "cosine",
     "max_length": 2048,  # TRL drops longer pairs, and its default is 1024
     "center_rewards_coefficient": 0.01,  # adds 0.01 * (score(chosen) + score(rejected))^2 to the loss, so that the scores
@@ -166,7 +167,8 @@ def deeper(model_args, new_layers: int) -> dict:
         return {}
     config = AutoConfig.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     layers, kinds = config.num_hidden_layers, getattr(config, "layer_types", None)
-    if model_args.use_peft:  # an adapter leaves the weights as they are, which random ones must not be
+    # An adapter leaves the weights as they are, which random ones must not be. Who loads it says how many layers there are.
+    if model_args.use_peft:
         names = [f"layers.{layer}" for layer in range(layers, layers + new_layers)]
         model_args.lora_modules_to_save = [*(model_args.lora_modules_to_save or []), *names]
     size = {"num_hidden_layers": layers + new_layers}
@@ -174,7 +176,10 @@ def deeper(model_args, new_layers: int) -> dict:
 
 
 def two_speeds(trainer, new_layers: int, rate: float) -> None:
-    """Gives the weights that start from random numbers, `score` and the new layers, a learning rate of their own."""
+    """Gives the weights that start from random numbers, `score` and the new layers, a learning rate of their own.
+
+    Unlike Trainer's, this optimizer lets weight_decay (0 by default) work on norms and biases too.
+    """
     layers = trainer.model.config.num_hidden_layers
     new = ("score.", *(f"layers.{layer}." for layer in range(layers - new_layers, layers)))
     fast, slow = [], []
@@ -223,23 +228,30 @@ def build(script_args, training_args, model_args, train_dataset, eval_dataset, t
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    for before, after in ((train_dataset, trainer.train_dataset), (eval_dataset, trainer.eval_dataset)):
-        say_what_is_left(trainer, before, after)
+    for split, before, after in (
+        (script_args.dataset_train_split, train_dataset, trainer.train_dataset),
+        (script_args.dataset_test_split, eval_dataset, trainer.eval_dataset),
+    ):
+        say_what_is_left(trainer, split, before, after)
     if script_args.new_learning_rate:
         two_speeds(trainer, script_args.new_layers, script_args.new_learning_rate)
     return trainer
 
 
-def say_what_is_left(trainer, before, after) -> None:
+def say_what_is_left(trainer, split: str, before, after) -> None:
     """TRL drops pairs that are longer than max_length without a word, all of them if it comes to that."""
     if after is None:
         return
     limit = f"max_length={trainer.args.max_length} tokens"
     if next(iter(after), None) is None:
-        stop(f"every pair has an answer that is, with its prompt, longer than {limit}: give a larger --max_length")
+        stop(
+            f"every pair of the split {split!r} has an answer that is, with its prompt, longer than {limit}: give a larger "
+            "--max_length"
+        )
     if isinstance(before, Dataset) and len(after) < len(before):
         trainer.accelerator.print(
-            f"{len(before) - len(after)} of {len(before)} pairs are longer than {limit} and are left out.\n"
+            f"{len(before) - len(after)} of {len(before)} pairs of the split {split!r} are longer than {limit} and are left "
+            "out.\n"
         )
 
 
@@ -259,7 +271,11 @@ def show_row(trainer) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- held out
 
-FIGURES = ("accuracy", "loss", "margin")  # what the evaluation logs that is worth a line here
+FIGURES = (
+    "accuracy",
+    "loss",
+    "margin",
+)  # what the evaluation logs that is worth a line here; margin: the chosen's lead
 
 
 @torch.no_grad()
@@ -371,6 +387,8 @@ def load_split(dataset, split: str):
     if "chosen" in columns and isinstance(first["chosen"], list):
         # HuggingFaceH4/ultrafeedback_binarized has the prompt also as a text, and the chosen conversation also as messages
         twice = {"messages"} | ({"prompt"} if isinstance(first.get("prompt"), str) else set())
+        if "prompt" in twice and not any(message["role"] == "user" for message in first["chosen"]):
+            stop("the prompt is a text, and the answers are messages without it: make the prompt a list of messages")
         return dataset[split].remove_columns(sorted(twice & set(first)))
     return dataset[split]
 
@@ -395,11 +413,14 @@ def load_tokenizer(script_args, training_args, model_args, first_row):
         spare = [token for token in vocabulary if re.match(r"[<\[].*(pad|reserved|unused|unk)", token)][:3]
         stop(
             f"the tokenizer of {name!r} pads with {tokenizer.pad_token!r} and ends answers with {tokenizer.eos_token!r}: "
-            "whoever masks the padding masks the end too, and such a model never learns to stop. Give a token that no "
+            "many trainers mask the end with the padding, and such a model never learns to stop. Give a token that no "
             "text holds with --pad_token" + (f", for example one of {spare}" if spare else "")
         )
     columns = {name: value for name, value in first_row.items() if not isinstance(value, str)}  # a text beside messages
-    if is_conversational(columns) and tokenizer.chat_template is None:
+    template = getattr(training_args, "chat_template_path", None)  # a file, or a model whose template the trainer takes
+    if template and Path(template).is_file():
+        tokenizer.chat_template = Path(template).read_text("utf-8")
+    if is_conversational(columns) and tokenizer.chat_template is None and template is None:
         stop(f"the rows are conversations, and the tokenizer of {name!r} has no chat template: take an instruct model")
     return tokenizer
 

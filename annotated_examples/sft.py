@@ -49,7 +49,7 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError
 from packaging.version import Version
 from torch.random import fork_rng
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, set_seed
 from transformers.utils import is_torch_bf16_gpu_available
 
 
@@ -88,7 +88,7 @@ TOY = {
     "model_name_or_path": str(WORLD / "policy"),  # 0.9M parameters: adds well, slips often (toy/README.md)
     "dataset_name": str(WORLD / "data" / "prompt_completion"),  # right answers to sums that it has never seen
     "output_dir": "outputs/sft-toy",
-    "learning_rate": 3e-4,  # at 1e-3 the loss rises before it falls
+    "learning_rate": 3e-4,  # at 1e-3 the loss jumps up and down
     "per_device_train_batch_size": 16,
     "max_steps": 60,
     "logging_steps": 5,
@@ -101,12 +101,12 @@ TOY = {
 REAL = {
     "dataset_name": "trl-lib/Capybara",
     "assistant_only_loss": True,  # learn to answer and not to ask; TRL learns both by default
-    "max_length": 2048,  # a conversation of Capybara has about 1000 tokens; what is longer loses its end. --packing would
+    "max_length": 2048,  # Capybara's conversations have about 1000 tokens; longer ones than this lose their end. --packing would
     # fill each row with several of them instead of padding; it pays with flash attention
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 8,  # 32 conversations for each step of the optimizer
     "num_train_epochs": 1,  # take more only while the held-out loss still falls
-    "warmup_steps": 0.03,  # a share of all steps; the first gradients are the largest
+    "warmup_steps": 0.03,  # a share of all steps
     "lr_scheduler_type": "cosine",
     "eval_strategy": "steps",
     "eval_steps": 100,
@@ -133,6 +133,7 @@ def build(script_args, training_args, model_args, train_dataset, eval_dataset, t
         training_args.assistant_only_loss = False  # plain text has no assistant
     if training_args.assistant_only_loss and not training_args.chat_template_path:
         check_marks(tokenizer)
+    set_seed(training_args.seed)  # an adapter starts from random numbers
     return SFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
@@ -152,7 +153,7 @@ def check_marks(tokenizer) -> None:
         if not re.search(r"{%-?\s*generation", tokenizer.chat_template):
             stop(
                 "the chat template does not mark the assistant's tokens with {% generation %} ... {% endgeneration %}, "
-                "and TRL knows no variant of it that does. Add the marks to a copy and give it with "
+                "and TRL knows no variant of it that does. Add the marks to a copy, a .jinja file, and give it with "
                 "--chat_template_path, or learn whole conversations: --assistant_only_loss false"
             )
 
@@ -169,10 +170,10 @@ def show_row(trainer) -> None:
         stop(
             f"in no row does an answer end with {tokenizer.eos_token!r}, so the model would not learn to stop: either "
             f"max_length={limit} tokens cut every answer (give a larger --max_length), or the chat template ends a turn "
-            "with another token (name it with --eos_token)"
+            "with another token (name it with --eos_token), or its {% generation %} marks leave the end token out"
         )
     full = sum(len(row["labels"]) == limit for row in rows)
-    if full:
+    if full and not trainer.args.packing:
         say(f"{full} of the first {len(rows)} rows fill max_length={limit} tokens; what was longer has lost its end.\n")
     tokens = zip(rows[0]["input_ids"], rows[0]["labels"], strict=True)
     for masked, stretch in groupby(tokens, lambda pair: pair[1] == -100):
@@ -210,7 +211,7 @@ def held_out(trainer, rows: list[dict], toy: bool) -> tuple[dict[str, float], li
     figures = {name: metrics[f"eval_{name}"] for name in FIGURES if f"eval_{name}" in metrics}
     if toy:
         rows = list(load_dataset(str(WORLD / "data" / "prompt_only"), split="test"))
-    rows = [row for row in rows if "text" not in row]  # plain text has no prompt
+    rows = [row for row in rows if {"messages", "prompt"} & set(row)]  # plain text has no prompt
     if not rows:
         return figures, []
     prompts = [prompt_ids(row, trainer.processing_class) for row in rows]
@@ -307,6 +308,8 @@ def load_split(dataset, split: str):
     if "chosen" in columns and isinstance(first["chosen"], list):
         # HuggingFaceH4/ultrafeedback_binarized has the prompt also as a text, and the chosen conversation also as messages
         twice = {"messages"} | ({"prompt"} if isinstance(first.get("prompt"), str) else set())
+        if "prompt" in twice and not any(message["role"] == "user" for message in first["chosen"]):
+            stop("the prompt is a text, and the answers are messages without it: make the prompt a list of messages")
         return dataset[split].remove_columns(sorted(twice & set(first)))
     return dataset[split]
 
@@ -331,11 +334,14 @@ def load_tokenizer(script_args, training_args, model_args, first_row):
         spare = [token for token in vocabulary if re.match(r"[<\[].*(pad|reserved|unused|unk)", token)][:3]
         stop(
             f"the tokenizer of {name!r} pads with {tokenizer.pad_token!r} and ends answers with {tokenizer.eos_token!r}: "
-            "whoever masks the padding masks the end too, and such a model never learns to stop. Give a token that no "
+            "many trainers mask the end with the padding, and such a model never learns to stop. Give a token that no "
             "text holds with --pad_token" + (f", for example one of {spare}" if spare else "")
         )
     columns = {name: value for name, value in first_row.items() if not isinstance(value, str)}  # a text beside messages
-    if is_conversational(columns) and tokenizer.chat_template is None:
+    template = getattr(training_args, "chat_template_path", None)  # a file, or a model whose template the trainer takes
+    if template and Path(template).is_file():
+        tokenizer.chat_template = Path(template).read_text("utf-8")
+    if is_conversational(columns) and tokenizer.chat_template is None and template is None:
         stop(f"the rows are conversations, and the tokenizer of {name!r} has no chat template: take an instruct model")
     return tokenizer
 

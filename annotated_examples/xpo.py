@@ -108,7 +108,7 @@ WORLD = Path(__file__).resolve().parent / "toy"
 
 TOY = {
     "model_name_or_path": str(WORLD / "policy"),  # 0.9M parameters: adds well, slips often (toy/README.md)
-    "reward_model_path": str(WORLD / "reward_model"),  # gives a right answer about 6 and a wrong one about -7
+    "reward_model_path": str(WORLD / "reward_model"),  # gives a right answer about 6 and a wrong one about -8
     "dataset_name": str(WORLD / "data" / "prompt_only"),  # sums that it has never seen
     "output_dir": "outputs/xpo-toy",
     "beta": 1.0,  # holds the policy near the reference, as in online_dpo.py: at TRL's 0.1 it has found wrong answers there that
@@ -137,7 +137,7 @@ REAL = {
     # val/model_contain_eos_token, the share of the policy's answers that came to their end
     "max_length": 768,  # tokens of prompt and answer: 512 for the prompt; rows with longer ones are left out
     "num_train_epochs": 1,  # so that every prompt is new
-    "warmup_steps": 0.1,  # a share of all steps; the first gradients are the largest
+    "warmup_steps": 0.1,  # a share of all steps
     "lr_scheduler_type": "cosine",
     "eval_strategy": "steps",  # XPOTrainer cannot evaluate; this loads the prompts for the samples before and after
     "bf16": is_torch_bf16_gpu_available(),  # TRL turns bf16 on by itself, which stops on a machine without such a GPU
@@ -147,8 +147,16 @@ REAL = {
 # ---------------------------------------------------------------------------------------------------- model and trainer
 
 
+def holds_adapter(name: str) -> bool:
+    """Whether a folder or a repository is an adapter. One that is not there is none; the loading says so."""
+    try:
+        return bool(find_adapter_config_file(name))
+    except OSError:
+        return False
+
+
 def check_flags(training_args, model_args) -> None:
-    """Stops at flags that XPOTrainer would take without a word and then ignore, or break off at later."""
+    """Stops at flags with which XPOTrainer would break off later, or train something else than was meant."""
     if training_args.reward_model_path is None:
         stop(
             "nothing says which of two answers is the better one: give --reward_model_path, for example "
@@ -157,7 +165,7 @@ def check_flags(training_args, model_args) -> None:
     for name in ("beta", "alpha"):
         if isinstance(getattr(training_args, name), list):
             stop(
-                f"TRL breaks off at a list with one number for each epoch (it takes element 0.03 of it): one for --{name}"
+                f"TRL breaks off at a list, one number an epoch (it takes element 0.03 of it): give one number to --{name}"
             )
     if training_args.use_vllm:
         stop("XPOTrainer samples with transformers and breaks off with --use_vllm: leave it out")
@@ -170,16 +178,16 @@ def check_flags(training_args, model_args) -> None:
         (model_args.model_name_or_path, "CausalLM", ""),
         (training_args.reward_model_path, "SequenceClassification", ", num_labels=1"),
     ):
-        if name and find_adapter_config_file(name):  # transformers would load it with its base, and freeze both
+        if name and holds_adapter(name):  # of the policy, transformers would freeze both
             stop(
-                f"{name!r} holds an adapter, which would be frozen like its base. Merge it into its base: peft.AutoPeftModelFor{kind}"
+                f"{name!r} holds an adapter and not a whole model. Merge it into its base: peft.AutoPeftModelFor{kind}"
                 f".from_pretrained({name!r}{more}).merge_and_unload().save_pretrained(FOLDER), copy the tokenizer's files "
                 "there too, and give that folder"
             )
 
 
 def short_prompts(dataset, tokenizer, training_args):
-    """The rows whose prompt leaves room for an answer. TRL samples from longer prompts too, and cuts them after that or never."""
+    """The rows whose prompt leaves room for an answer. TRL samples from longer prompts whole, whatever max_length says."""
     limit = training_args.max_length - training_args.max_new_tokens
     with PartialState().main_process_first():
         short = dataset.filter(lambda row: len(prompt_ids(row, tokenizer)) <= limit)
@@ -248,6 +256,9 @@ def build(script_args, training_args, model_args, train_dataset, eval_dataset, t
     check_flags(training_args, model_args)
 
     # Data
+    train_dataset = train_dataset.select_columns(
+        ["prompt"]
+    )  # TRL renders the whole row, and stops at columns like messages
     if "enable_thinking" in (tokenizer.chat_template or ""):  # Qwen3 thinks for longer than max_new_tokens
         tokenizer.chat_template = "{% set enable_thinking = false %}" + tokenizer.chat_template
     train_dataset = short_prompts(train_dataset, tokenizer, training_args)
@@ -283,7 +294,7 @@ def build(script_args, training_args, model_args, train_dataset, eval_dataset, t
 
 
 def sample_pairs(trainer, rows: list[dict]) -> tuple[list[list[int]], list[list[int]]]:
-    """First answers and second answers to these rows, as token ids, sampled as in training."""
+    """First answers and second answers to these rows, as token ids, with training's temperature, top_p and top_k."""
     args, tokenizer = trainer.args, trainer.processing_class
     prompts = 2 * [prompt_ids(row, tokenizer) for row in rows]
     gpus = [args.device] if args.device.type == "cuda" else []
@@ -304,9 +315,8 @@ def sample_pairs(trainer, rows: list[dict]) -> tuple[list[list[int]], list[list[
             cut += 1
     if cut == len(answers):
         stop(
-            f"all of {cut} sampled answers were cut at max_new_tokens={args.max_new_tokens} tokens before they came to "
-            "their end, so no reward would judge a whole one: give a larger --max_new_tokens, or a model that comes to an "
-            "end"
+            f"none of {cut} answers has {tokenizer.eos_token!r} within max_new_tokens={args.max_new_tokens} tokens, and TRL knows "
+            "no other end: give a larger --max_new_tokens, or a model whose tokenizer has the end of a turn as its eos_token"
         )
     if cut:
         trainer.accelerator.print(
@@ -328,7 +338,7 @@ def show_row(trainer) -> None:
             (score(trainer, row, own), "policy", own),
             (score(trainer, row, other), "reference", other),
         )
-        pairs.append((row, *sorted(both, reverse=True)))
+        pairs.append((row, *sorted(both, key=lambda part: part[0], reverse=True)))  # a tie goes to the policy
     row, chosen, rejected = max(pairs, key=lambda pair: pair[1][0] - pair[2][0])
     say(f"{'prompt_ids':12}{tokenizer.decode(prompt_ids(row, tokenizer))}")
     for part, (points, writer, answer) in (("chosen", chosen), ("rejected", rejected)):  # only these tokens carry loss
@@ -374,7 +384,7 @@ def held_out(trainer, rows: list[dict], toy: bool) -> tuple[dict[str, float], li
     figures = {name: metrics[f"eval_{name}"] for name in FIGURES if f"eval_{name}" in metrics}
     if toy:
         rows = list(load_dataset(str(WORLD / "data" / "prompt_only"), split="test"))
-    rows = [row for row in rows if "text" not in row]  # plain text has no prompt
+    rows = [row for row in rows if {"messages", "prompt"} & set(row)]  # plain text has no prompt
     if not rows:
         return figures, []
     prompts = [prompt_ids(row, trainer.processing_class) for row in rows]
@@ -471,6 +481,8 @@ def load_split(dataset, split: str):
     if "chosen" in columns and isinstance(first["chosen"], list):
         # HuggingFaceH4/ultrafeedback_binarized has the prompt also as a text, and the chosen conversation also as messages
         twice = {"messages"} | ({"prompt"} if isinstance(first.get("prompt"), str) else set())
+        if "prompt" in twice and not any(message["role"] == "user" for message in first["chosen"]):
+            stop("the prompt is a text, and the answers are messages without it: make the prompt a list of messages")
         return dataset[split].remove_columns(sorted(twice & set(first)))
     return dataset[split]
 
@@ -495,11 +507,14 @@ def load_tokenizer(script_args, training_args, model_args, first_row):
         spare = [token for token in vocabulary if re.match(r"[<\[].*(pad|reserved|unused|unk)", token)][:3]
         stop(
             f"the tokenizer of {name!r} pads with {tokenizer.pad_token!r} and ends answers with {tokenizer.eos_token!r}: "
-            "whoever masks the padding masks the end too, and such a model never learns to stop. Give a token that no "
+            "many trainers mask the end with the padding, and such a model never learns to stop. Give a token that no "
             "text holds with --pad_token" + (f", for example one of {spare}" if spare else "")
         )
     columns = {name: value for name, value in first_row.items() if not isinstance(value, str)}  # a text beside messages
-    if is_conversational(columns) and tokenizer.chat_template is None:
+    template = getattr(training_args, "chat_template_path", None)  # a file, or a model whose template the trainer takes
+    if template and Path(template).is_file():
+        tokenizer.chat_template = Path(template).read_text("utf-8")
+    if is_conversational(columns) and tokenizer.chat_template is None and template is None:
         stop(f"the rows are conversations, and the tokenizer of {name!r} has no chat template: take an instruct model")
     return tokenizer
 

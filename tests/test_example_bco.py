@@ -36,6 +36,19 @@ class TestBCO(Unpaired):
         call(*real(data=write_rows(tmp_path / "data", rows)), "--max_length", "64")
         assert "3 of 11 rows are longer than max_length=64 tokens and are left out" in capsys.readouterr().out
 
+    def test_no_row_that_is_left_is_longer_than_max_length(self, script, real, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        asked = [[{"role": "user", "content": "1" * n}] for n in range(1, 40)]
+        rows = [UNPAIRED["conversational"] | {"label": n % 2 == 0, "prompt": prompt} for n, prompt in enumerate(asked)]
+        parsed = script.parse(
+            [*map(str, real(data=write_rows(tmp_path / "data", rows))), "--max_length", "30", "--eval_strategy", "no"]
+        )
+        data = script.load_data(parsed[1], parsed[4])
+        tokenizer = script.load_tokenizer(*parsed[1:4], data["train"][0])
+        left = script.build(*parsed[1:4], data["train"], None, tokenizer).train_dataset
+        lengths = sorted(len(ids) for ids in left["completion_input_ids"])
+        assert 0 < len(left) < len(rows) and lengths[-1] == 30
+
     def test_a_precomputed_reference_is_the_same_one_and_refused_for_a_resumed_run(self, call, refused, tmp_path):
         """BCOTrainer computes it when the training starts: with the weights of the checkpoint, if there is one."""
         flags = [*SHORT, "--save_strategy", "steps", "--save_steps", "1", "--output_dir"]

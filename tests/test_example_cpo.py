@@ -62,7 +62,18 @@ class Pairs(Example):
     def test_what_both_scripts_share_is_the_same(self):
         cpo, orpo = functions("cpo"), functions("orpo")
         assert cpo["whole_pairs"] == orpo["whole_pairs"]
-        assert cpo["build"].replace("CPO", "ORPO") == orpo["build"].replace("FiniteORPO", "ORPO")
+        assert cpo["only_pairs"] == orpo["only_pairs"]
+        own = cpo["build"].replace("    check_alpha(training_args)\n", "")
+        assert own.replace("CPO", "ORPO") == orpo["build"].replace("FiniteORPO", "ORPO")
+
+    def test_columns_that_trl_stumbles_over_do_no_harm(self, script):
+        from datasets import Dataset
+
+        pair = PREFERENCE["conversational, explicit prompt"]
+        rows = script.only_pairs(Dataset.from_list([pair | {"label": True, "chosen_logps": 1.0}] * 2))
+        assert rows.column_names == ["prompt", "chosen", "rejected"]
+        rows = script.only_pairs(Dataset.from_list([PREFERENCE["text, implicit prompt"] | {"label": True}] * 2))
+        assert rows.column_names == ["chosen", "rejected"]
 
     def test_one_model_is_held(self, trainer):
         built = trainer([PREFERENCE["text, explicit prompt"]] * 2)
@@ -153,6 +164,9 @@ class TestCPO(Pairs):
         "chosen_labels": r"[\d+= ]+ #\d+<\|end\|>",
         "rejected_labels": r"\d.*<\|end\|>",
     }
+
+    def test_alpha_with_sums_is_refused(self, real, refused):
+        assert "--loss_type simpo" in refused(*real(), "--alpha", "0.5")
 
     def test_the_first_figures_are_those_of_the_formula(self, bare, script):
         """Computed by hand: 0.1 is TRL's beta, sums over tokens in the first term, a mean over tokens in the second."""

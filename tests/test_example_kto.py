@@ -34,7 +34,7 @@ class Unpaired(Example):
         data = write_rows(tmp_path / "data", [UNPAIRED["conversational"] | {"label": label}] * 8)
         message = refused(*real(data=data))
         assert f"every label in the split 'train' is {str(label).lower()}" in message
-        assert "sft.py" in message
+        assert ("sft.py" in message) == label  # which would learn the bad answers, if there are no good ones
 
     @pytest.mark.parametrize("labels", [("good", "bad"), (1, 0), (1, -1), (0.9, 0.2), (True, None)], ids=str)
     def test_labels_that_are_not_booleans_are_refused(self, labels, real, refused, tmp_path):
@@ -63,6 +63,33 @@ class Unpaired(Example):
         labels = list(rows["label"])
         assert labels.count(True) == labels.count(False) == 100
         assert all(len(set(labels[start : start + 20])) == 2 for start in range(0, 200, 20))  # no batch of one kind
+
+    def test_columns_that_would_mislead_trl_do_no_harm(self, script):
+        from datasets import Dataset
+
+        pair = PREFERENCE["conversational, explicit prompt"]
+        for more in (
+            {"label": False},
+            {"completion": MISTAKEN},
+        ):  # TRL would give both answers this label, or this text
+            rows = script.single_answers(Dataset.from_list([pair | more] * 4), seed=1)
+            found = {(row["completion"][0]["content"], row["label"]) for row in rows}
+            assert found == {(ASSISTANT[0]["content"], True), (MISTAKEN[0]["content"], False)}
+        single = UNPAIRED["conversational"]
+        beside = {"chosen": ASSISTANT, "rejected": MISTAKEN, "messages": USER + ASSISTANT, "number": 1}
+        for names in (("chosen",), ("chosen", "rejected"), ("messages", "number")):
+            rows = script.single_answers(
+                Dataset.from_list([single | {name: beside[name] for name in names}] * 4), seed=1
+            )
+            assert len(rows) == 4 and set(rows.column_names) == {*single, *({"number"} & set(names))}
+
+    def test_a_stream_of_pairs_is_mixed(self, script):
+        from datasets import Dataset
+
+        pairs = Dataset.from_list([PREFERENCE["text, explicit prompt"]] * 1000).to_iterable_dataset()
+        labels = [row["label"] for row in script.single_answers(pairs, seed=1)]
+        shares = [sum(labels[start : start + 200]) / 200 for start in range(0, 2000, 200)]
+        assert len(labels) == 2000 and min(shares) > 0.3 and max(shares) < 0.7
 
     def test_the_seed_decides_the_order(self, script):
         from datasets import Dataset
@@ -121,6 +148,16 @@ class TestKTO(Unpaired):
         with pytest.raises(ValueError, match="batch size must be > 1"):
             call(*real(), "--per_device_train_batch_size", "1")
         assert not [path for path in (tmp_path / "outputs").rglob("*") if path.is_file()]
+
+    def test_held_out_rows_are_grouped_for_kl_as_they_are_evaluated(self, script):
+        for settings in (script.TOY, script.REAL):
+            assert settings["per_device_eval_batch_size"] == settings["per_device_train_batch_size"]
+
+    def test_rows_that_trl_drops_are_counted(self, call, real, capsys):
+        long = {"prompt": [{"role": "user", "content": "1+" * 40 + "1"}]}
+        rows = [UNPAIRED["conversational"] | (long if n < 4 else {}) for n in range(8)]
+        call(*real(rows))
+        assert "4 of 8 rows have a prompt that fills max_length=64 and are left out" in capsys.readouterr().out
 
     def test_the_weights_of_the_toy_balance_its_labels(self, bare):
         """TRL warns where they do not."""

@@ -29,6 +29,15 @@ class TestNashMD(TokensForTheRewardModel):
             assert log[1]["loss/kl"] == pytest.approx(0, abs=1e-4)
             assert abs(log[2]["loss/kl"]) > 1e-3
 
+    def test_a_loss_type_is_refused(self, refused):
+        assert "--loss_type" in refused("--loss_type", "ipo")
+
+    def test_columns_that_trl_stumbles_over_do_no_harm(self, call, real, tmp_path):
+        row = {"prompt": [{"role": "user", "content": "1+1"}]}
+        messages = [*row["prompt"], {"role": "assistant", "content": "1+1=2 #2"}]
+        call(*real([row | {"messages": messages}] * 8))
+        assert set(logged(tmp_path / "outputs" / "nash_md-qwen3")) == {1}
+
     def test_the_rival_is_as_good_as_the_policy_at_the_start(self, call, tmp_path):
         """With a cache, into which both models of the mixture write, its answers would be noise."""
         call(*SHORT, "--output_dir", "run")

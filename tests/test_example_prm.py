@@ -6,7 +6,20 @@ import shutil
 import sys
 
 import pytest
-from examples import EXAMPLES, PROMPT, SHORT, TOY, Example, functions, load, logged, losses, write_rows
+from examples import (
+    ASSISTANT,
+    EXAMPLES,
+    PROMPT,
+    SHORT,
+    TOY,
+    USER,
+    Example,
+    functions,
+    load,
+    logged,
+    losses,
+    write_rows,
+)
 
 STEPS = ["7+9=16", "16+3=20", "#20"]
 ROW = {"prompt": PROMPT + " ", "completions": STEPS, "labels": [True, False, False]}
@@ -252,6 +265,22 @@ class TestPRM(Example):
         message = refused(*real([ROW | {"labels": labels}] * 4))
         assert "a label is true or false, and row 0 of the split 'train'" in message
         assert repr(wrong) in message
+
+    @pytest.mark.parametrize("messages", [{"prompt": USER}, {"completions": [ASSISTANT] * 3}], ids=["prompt", "steps"])
+    def test_messages_are_refused(self, messages, real, refused):
+        message = refused(*real([ROW | messages] * 4))
+        assert "prompt and steps are text" in message and "chat template" in message
+
+    def test_held_out_labels_of_one_kind_are_no_fault(self, call, real, tmp_path):
+        flags = real([ROW] * 8)
+        write_rows(tmp_path / "other", [ROW | {"labels": [True] * 3}] * 2)
+        (tmp_path / "other" / "test.jsonl").replace(tmp_path / "data" / "test.jsonl")
+        call(*flags)
+        assert set(logged(tmp_path / "outputs" / "prm-qwen3")) == {1}
+
+    def test_a_label_of_minus_100_takes_its_step_out_of_the_loss(self, trainer):
+        built = trainer([ROW | {"labels": [1, -100, 0]}] * 4)
+        assert [label for label in built.train_dataset[0]["labels"] if label != -100] == [1, 0]
 
     def test_ones_and_zeros_are_labels(self, call, real, tmp_path):
         call(*real([ROW | {"labels": [1, 0, 0]}] * 8))

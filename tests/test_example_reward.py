@@ -204,11 +204,14 @@ class TestReward(Example):
     def test_a_test_split_of_long_pairs_is_refused(self, real, refused, tmp_path):
         flags = real([PREFERENCE["text, explicit prompt"]] * 4)
         (tmp_path / "data" / "test.jsonl").write_text(json.dumps(LONG) + "\n")
-        assert "every pair has an answer" in refused(*flags)
+        assert "every pair of the split 'test' has an answer" in refused(*flags)
 
     def test_a_pair_that_is_too_long_is_left_out_and_counted(self, call, real, capsys):
         call(*real([LONG] + [PREFERENCE["text, explicit prompt"]] * 7))
-        assert "1 of 8 pairs are longer than max_length=96 tokens and are left out" in capsys.readouterr().out
+        assert (
+            "1 of 8 pairs of the split 'train' are longer than max_length=96 tokens and are left out"
+            in capsys.readouterr().out
+        )
 
     def test_pairs_of_equal_answers_are_refused(self, real, refused):
         rows = [PREFERENCE["conversational, explicit prompt"] | {"rejected": ASSISTANT}] * 8
