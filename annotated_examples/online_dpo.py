@@ -82,7 +82,7 @@ from trl import (
     get_peft_config,
     get_quantization_config,
     is_conversational,
-    maybe_extract_prompt,
+    maybe_apply_chat_template,
 )
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from trl.models.utils import unwrap_model_for_generation
@@ -503,11 +503,9 @@ FIGURES = ()  # OnlineDPOTrainer cannot evaluate
 
 
 def prompt_ids(row: dict, tokenizer) -> list[int]:
-    """The tokens of a row up to the point where the answer begins."""
-    row = {"prompt": row["messages"][:-1]} if "messages" in row else maybe_extract_prompt(row)
-    if is_conversational(row):
-        return tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
-    return tokenizer(row["prompt"])["input_ids"]
+    """The tokens of a row up to the point where the answer begins, as in training: plain text gets no BOS."""
+    text = maybe_apply_chat_template({"prompt": row["prompt"]}, tokenizer)["prompt"]
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @torch.no_grad()

@@ -77,7 +77,7 @@ from trl import (
     get_peft_config,
     get_quantization_config,
     is_conversational,
-    maybe_extract_prompt,
+    maybe_apply_chat_template,
 )
 from trl.models.utils import unwrap_model_for_generation
 
@@ -256,9 +256,8 @@ def build(script_args, training_args, model_args, train_dataset, eval_dataset, t
     check_flags(training_args, model_args)
 
     # Data
-    train_dataset = train_dataset.select_columns(
-        ["prompt"]
-    )  # TRL renders the whole row, and stops at columns like messages
+    # TRL renders the whole row, and stops at columns like messages
+    train_dataset = train_dataset.select_columns(["prompt"])
     if "enable_thinking" in (tokenizer.chat_template or ""):  # Qwen3 thinks for longer than max_new_tokens
         tokenizer.chat_template = "{% set enable_thinking = false %}" + tokenizer.chat_template
     train_dataset = short_prompts(train_dataset, tokenizer, training_args)
@@ -359,11 +358,9 @@ FIGURES = ()  # XPOTrainer cannot evaluate
 
 
 def prompt_ids(row: dict, tokenizer) -> list[int]:
-    """The tokens of a row up to the point where the answer begins."""
-    row = {"prompt": row["messages"][:-1]} if "messages" in row else maybe_extract_prompt(row)
-    if is_conversational(row):
-        return tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
-    return tokenizer(row["prompt"])["input_ids"]
+    """The tokens of a row up to the point where the answer begins, as in training: a BOS is always there, if there is one."""
+    text = maybe_apply_chat_template({"prompt": row["prompt"]}, tokenizer)
+    return XPOTrainer.tokenize_row(text, False, tokenizer)["prompt_input_ids"]
 
 
 @torch.no_grad()

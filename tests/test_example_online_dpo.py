@@ -101,6 +101,39 @@ class OnlinePairs(Example):
         prompt = "<|im_start|>user\nWhich number follows 3?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
         assert re.search(rf"^prompt_ids +{re.escape(prompt)}$", printed, re.M)
 
+    @pytest.mark.parametrize("adds_it", [True, False], ids=["adds BOS", "knows BOS"])
+    @pytest.mark.parametrize("end", ["text", "user", "assistant"])
+    def test_the_prompt_on_the_screen_is_the_one_that_is_trained_on(
+        self, end, adds_it, script, trained, real, own_model, monkeypatch
+    ):
+        """With a BOS token, which the tokenizer adds to text by itself (Llama's) or not (GPT-2's)."""
+        import transformers
+        from tokenizers.processors import TemplateProcessing
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(own_model)
+        tokenizer.bos_token = "<|user|>"
+        if adds_it:
+            bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+            single = f"{bos[0]} $A"
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=[bos])
+        tokenizer.save_pretrained(own_model)
+        turns = [*USER, {"role": "assistant", "content": "1+"}]
+        prompt = {"text": PROMPT, "user": USER, "assistant": turns}[end]
+
+        prompts, generate = [], transformers.GenerationMixin.generate
+
+        def spy(model, *arguments, **named):
+            ids = arguments[0] if arguments else named["input_ids"]
+            prompts.append(ids[0][named["attention_mask"][0].bool()].tolist())
+            return generate(model, *arguments, **named)
+
+        monkeypatch.setattr(transformers.GenerationMixin, "generate", spy)
+        trainer = trained(*real([{"prompt": prompt}] * 8, model=own_model))
+        before = len(prompts)
+        trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())))
+        [theirs] = {tuple(ids) for ids in prompts[before:]}
+        assert script.prompt_ids({"prompt": prompt}, trainer.processing_class) == list(theirs)
+
     def test_a_stream_trains(self, call, real, tmp_path):
         call(*real(), "--dataset_streaming", "--output_dir", "streamed")
         assert set(logged(tmp_path / "streamed")) == {1}

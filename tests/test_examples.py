@@ -28,7 +28,10 @@ def test_what_the_scripts_share_is_the_same_to_the_letter(name):
 # Functions of the upper parts that scripts have in common, and the scripts where the method asks for another one.
 COMMON = {
     "stop": set(),
-    "prompt_ids": {"grpo", "rloo"},  # a row may come from GSM8K, and the template takes arguments
+    "prompt_ids": {
+        *("grpo", "rloo"),  # a row may come from GSM8K, and the template takes arguments
+        *("online_dpo", "nash_md", "xpo"),  # TRL renders text first, and has a way of its own with BOS
+    },
     "sample": {"ppo"},  # the policy stands in a wrapper beside the value model
     "held_out": {
         "reward",
