@@ -475,7 +475,7 @@ def test_a_row_is_a_card_on_a_phone_so_that_nothing_scrolls_sideways(page, site)
 
 def test_the_menus_of_which_trainer_leave_the_ways_that_fit(page, site):
     page.goto(f"{site}reference_guides/which_trainer/")
-    trainers, told = page.locator(".pick tbody tr:visible td:nth-child(5)"), page.locator(".pick [role=status]")
+    trainers, told = page.locator(".pick tbody tr:visible td:nth-child(2)"), page.locator(".pick [role=status]")
     assert trainers.all_inner_texts() == [NAMES[name] for _, name, _, _ in which.WAYS]
     page.get_by_label("You have").select_option("pairs: better, worse")
     page.get_by_label("Models in memory").select_option("at most 1")

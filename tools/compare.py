@@ -29,7 +29,7 @@ from pathlib import Path
 
 import expected
 from expected import EXPECTED, ROOT
-from tables import TRAINERS
+from tables import NAMES, TRAINERS
 
 SEED = 1
 POLICIES = tuple(name for name in TRAINERS if name not in ("reward", "prm"))
@@ -215,23 +215,29 @@ def draw() -> None:
 
     matplotlib.use("svg")
     matplotlib.rcParams.update(
-        {"svg.hashsalt": "compare", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+        {"svg.hashsalt": "compare", "font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False}
     )
     import matplotlib.pyplot as plt
 
     policies = [row for row in rows() if row["name"] in POLICIES]
     policies.sort(key=lambda row: sum(row["after"]))
+    # Narrow, with large letters: it is read on a phone too
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(9, 0.34 * len(policies) + 1.2), layout="constrained", sharey=True
+        1,
+        2,
+        figsize=(5.6, 0.32 * len(policies) + 1.1),
+        layout="constrained",
+        sharey=True,
+        gridspec_kw={"width_ratios": (3, 2)},
     )
     for place, row in enumerate(policies):
         left.plot(row["before"], [place] * len(row["before"]), "o", color="#9aa5ad", markersize=4)
         left.plot(row["after"], [place] * len(row["after"]), "o", color="#2a5d8f", markersize=4)
         right.barh(place, row["seconds"], color="#3f7fbf", height=0.6)
-    left.set_yticks(range(len(policies)), [row["name"] for row in policies])
+    left.set_yticks(range(len(policies)), [NAMES[row["name"]] for row in policies])
     left.set_xlim(0.55, 1.005)
-    left.set_title("right answers on held-out problems: before (grey), after (blue), five seeds", fontsize=9)
-    right.set_title("seconds of training, one thread", fontsize=9)
+    left.set_title("right answers, held out\ngrey: before, blue: after, 5 seeds", fontsize=10.5)
+    right.set_title("seconds of training\n(one thread)", fontsize=10.5)
     path = EXPECTED / "compare.svg"
     figure.savefig(path, metadata={"Date": None, "Creator": None, "Source": digest()}, facecolor="white")
     print(path.relative_to(ROOT))

@@ -47,13 +47,11 @@ def newest_has(name: str) -> bool:
 
 def ways() -> None:
     """The table of all ways."""
-    print("\n| You have | Models in memory | Samples while it trains | In the newest TRL | Trainer | Start |")
+    print("\n| You have | Trainer | Models in memory | Samples while it trains | In the newest TRL | Start |")
     print("| --- | --- | --- | --- | --- | --- |")
     for have, name, models, flags in WAYS:
-        cells = [have, models, samples(name), "yes" if newest_has(name) else "no"]
-        cells += [
-            f"[{NAMES[name]}](../annotated_trainers/{name}.md)",
-            f"`{' '.join(f'python {name}.py {flags}'.split())}`",
-        ]
+        cells = [have, f"[{NAMES[name]}](../annotated_trainers/{name}.md)"]
+        cells += [models, samples(name), "yes" if newest_has(name) else "no"]
+        cells += [f"`{' '.join(f'python {name}.py {flags}'.split())}`"]
         print("| " + " | ".join(map(str, cells)) + " |")
     print()
