@@ -44,6 +44,7 @@ from walkthrough_tools import (
     model_folder,
     named_tests,
     page_of,
+    parents_sampling_alone_reads,
     reward_model,
     section_of,
     tokenizer,
@@ -714,12 +715,7 @@ def test_with_vllm_the_first_step_ends_in_an_attribute_error(make):
 
 
 def test_two_settings_are_read_by_the_parents_sampling_alone():
-    for setting in ("cache_implementation", "ds3_gather_for_generation"):
-        assert setting in NashMDConfig.__dataclass_fields__ and setting not in inspect.getsource(nash_md_trainer)
-        places = [
-            name for name, of in vars(OnlineDPOTrainer).items() if callable(of) and setting in inspect.getsource(of)
-        ]
-        assert places == ["_generate"] and "._generate(" not in inspect.getsource(nash_md_trainer)
+    parents_sampling_alone_reads(NashMDConfig, nash_md_trainer, "cache_implementation", "ds3_gather_for_generation")
 
 
 def test_the_end_of_a_step_is_the_parents():

@@ -48,6 +48,7 @@ from walkthrough_tools import (
     model_folder,
     named_tests,
     page_of,
+    parents_sampling_alone_reads,
     reward_model,
     section_of,
     tokenizer,
@@ -590,12 +591,7 @@ def test_there_is_no_branch_for_vllm(make):
 
 
 def test_two_settings_are_read_by_the_parents_sampling_alone():
-    for setting in ("cache_implementation", "ds3_gather_for_generation"):
-        assert setting in XPOConfig.__dataclass_fields__ and setting not in inspect.getsource(xpo_trainer)
-        places = [
-            name for name, of in vars(OnlineDPOTrainer).items() if callable(of) and setting in inspect.getsource(of)
-        ]
-        assert places == ["_generate"] and "._generate(" not in inspect.getsource(xpo_trainer)
+    parents_sampling_alone_reads(XPOConfig, xpo_trainer, "cache_implementation", "ds3_gather_for_generation")
 
 
 def test_the_raw_prompts_are_read_by_nobody(make):

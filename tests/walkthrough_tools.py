@@ -34,6 +34,7 @@ from transformers import (
     TrainingArguments,
 )
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig
+from trl.experimental.online_dpo import OnlineDPOTrainer
 
 datasets.disable_progress_bars()
 transformers.utils.logging.disable_progress_bar()
@@ -114,6 +115,16 @@ def defaults_on(path: Path, args) -> tuple[list, list]:
 def arguments_of(trainer: type, config: type) -> set[str]:
     """Everything that a trainer and its config can be given."""
     return {*config.__dataclass_fields__, *inspect.signature(trainer.__init__).parameters}
+
+
+def parents_sampling_alone_reads(config: type, module, *settings: str) -> None:
+    """Settings of a config that its trainer, a child of OnlineDPOTrainer, inherits and never comes to: it samples by itself."""
+    source = inspect.getsource(module)
+    assert "._generate(" not in source
+    for setting in settings:
+        assert setting in config.__dataclass_fields__ and setting not in source
+        methods = {name: of for name, of in vars(OnlineDPOTrainer).items() if callable(of)}
+        assert [name for name, of in methods.items() if setting in inspect.getsource(of)] == ["_generate"]
 
 
 def functions_of(path: Path, *names: str) -> dict:
