@@ -496,6 +496,42 @@ def test_a_flag_in_a_line_stays_in_one_piece(page, site):
         assert len(flag.evaluate("e => [...e.getClientRects()].map(b => b.top)")) == 1, flag.inner_text()
 
 
+def test_no_mark_is_left_alone_behind_a_short_formula(page, site):
+    """Chromium would break the line between a formula and the comma behind it."""
+    page.set_viewport_size(PHONE)
+    page.goto(f"{site}reference_guides/preference_losses/")
+    page.wait_for_function("[...document.querySelectorAll('.arithmatex')].every(e => e.querySelector('.katex'))")
+    marks = page.evaluate(
+        """() => [...document.querySelectorAll("span.arithmatex")].flatMap(formula => {
+          const behind = formula.nextSibling
+          if (behind?.nodeType !== Node.TEXT_NODE || !/^[,.;:!?)]/.test(behind.data)) return []
+          const range = document.createRange()
+          range.setStart(behind, 0)
+          range.setEnd(behind, 1)
+          const tex = formula.querySelector("annotation").textContent
+          return [[tex, range.getBoundingClientRect().left < formula.getBoundingClientRect().left]]
+        })"""
+    )
+    short = [alone for tex, alone in marks if len(tex) <= 24]
+    assert len(short) > 50 and not any(short)
+
+
+def test_the_menu_keeps_the_heading_that_is_read_in_sight(page, site):
+    page.goto(f"{site}reference_guides/troubleshooting/")
+    page.locator("#ppo-objectivekl-is-negative").scroll_into_view_if_needed()
+    page.mouse.move(700, 400)
+    page.mouse.wheel(0, 600)
+    page.wait_for_function(
+        """() => {
+          const menu = document.querySelector(".md-sidebar--primary .md-sidebar__scrollwrap").getBoundingClientRect()
+          const read = [...document.querySelectorAll(".md-nav--secondary .md-nav__link--active")].at(-1)
+          const line = read?.getBoundingClientRect()
+          return read?.textContent.includes("PPO") && line.top >= menu.top && line.bottom <= menu.bottom
+        }""",
+        timeout=5000,
+    )
+
+
 def test_no_other_page_has_the_field(page, site):
     page.goto(f"{site}reference_guides/notation/")
     assert page.locator(".filter-tables, #table-filter").count() == 0

@@ -417,9 +417,9 @@ INSTEAD = {  # no new name, and still something to do
     ("RLOOTrainer", "ref_policy"): "nothing; the trainer makes the reference",
     ("RLOOConfig", "normalize_reward"): "nothing; TRL handed it to `normalize_advantages`",
     ("RLOOConfig", "missing_eos_penalty"): "a reward function of your own",
-    ("OnlineDPOTrainer", "judge"): "`reward_funcs`, which score one answer at a time",
-    ("NashMDTrainer", "judge"): "`reward_funcs`, which score one answer at a time",
-    ("XPOTrainer", "judge"): "`reward_funcs`, which score one answer at a time",
+    ("OnlineDPOTrainer", "judge"): "`reward_funcs`, which give each answer a number",
+    ("NashMDTrainer", "judge"): "`reward_funcs`, which give each answer a number",
+    ("XPOTrainer", "judge"): "`reward_funcs`, which give each answer a number",
 }
 ANEW = {
     "PPOTrainer": "0.12",
@@ -439,7 +439,7 @@ def gone(name: str) -> list[tuple[str, str, str]]:
                 again = [v for v, later in past if later is not None and order(v) > order(version)]
                 text = f"; back in {short(again[0])}" if again and where(name, again[0]) else ""
                 if warned := [v for v in releases() if argument in at(load()["classes"][name]["old_names"], v)]:
-                    text = f"; with a warning until {short(warned[-1])}"
+                    text = f"; up to {short(warned[-1])} the old name is taken with a warning"
                 found.append((version, argument, instead(name, argument, version) + text))
     return sorted(found, key=lambda row: order(row[0]))
 

@@ -1317,7 +1317,7 @@ def draw() -> None:
         if not curves:
             continue
         figure, axes = plt.subplots(
-            1, len(curves), figsize=(3.4 * len(curves), 2.1), layout="constrained", squeeze=False
+            1, len(curves), figsize=(3.4 * len(curves), 2.4), layout="constrained", squeeze=False
         )
         for (label, values), axis in zip(curves.items(), axes.flat, strict=True):
             names = values["names"]
@@ -1325,7 +1325,8 @@ def draw() -> None:
             axis.plot(values["step"], values["right"], color="#2a5d8f", linewidth=1.4, linestyle="--", label=names[1])
             axis.set_title(label, fontsize=9)
             axis.set_xlabel(values["of"])
-            axis.legend(fontsize=8, frameon=False)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.legend(fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.3))
         metadata = {"Date": None, "Creator": None, "Source": drawn_from(entry)}
         figure.savefig(picture(name), metadata=metadata, facecolor="white")
         plt.close(figure)

@@ -7,6 +7,14 @@
   const set = element => {
     const tex = element.textContent.trim().replace(/^\\[([]|\\[)\]]$/g, "")
     katex.render(tex, element, { displayMode: element.tagName === "DIV", throwOnError: false })
+    const behind = element.nextSibling
+    const mark = behind?.nodeType === Node.TEXT_NODE && element.tagName === "SPAN" && /^[,.;:!?)]+/.exec(behind.data)
+    if (!mark || tex.length > 24) return // a long formula has to break somewhere
+    const whole = document.createElement("span") // or the mark would begin the next line
+    whole.style.whiteSpace = "nowrap"
+    behind.data = behind.data.slice(mark[0].length)
+    element.replaceWith(whole)
+    whole.append(element, mark[0])
   }
   const some = () => {
     const end = location.hash ? Infinity : performance.now() + 20
@@ -48,6 +56,23 @@ for (const title of document.querySelectorAll(".excerpt__code .filename")) { // 
 }
 
 for (const cell of document.querySelectorAll(".md-typeset td")) cell.classList.toggle("words", cell.textContent.length > 60)
+
+// Beside `toc.integrate`, Material's `toc.follow` does nothing: the menu keeps the heading in sight that is being read.
+{
+  const menu = document.querySelector(".md-sidebar--primary .md-sidebar__scrollwrap")
+  const titles = menu?.querySelector(".md-nav--secondary")
+  const follow = () => {
+    const read = [...titles.querySelectorAll(".md-nav__link--active")].at(-1)
+    if (!read || !matchMedia("(min-width: 76.25em)").matches) return
+    const [box, line] = [menu, read].map(element => element.getBoundingClientRect())
+    if (line.top < box.top || line.bottom > box.bottom) menu.scrollTop += line.top - box.top - box.height / 3
+  }
+  let asked
+  if (titles) new MutationObserver(() => {
+    cancelAnimationFrame(asked)
+    asked = requestAnimationFrame(follow)
+  }).observe(titles, { attributeFilter: ["class"], subtree: true })
+}
 
 // Material copies what the eye sees, less the white space at the end. The text itself is better: a script's page copies
 // the file to the last byte, and a wrapped line stays one line. Elsewhere the last line break is left out, so that a
