@@ -121,6 +121,18 @@ def test_each_difference_is_reported_once_and_under_its_own_head(drift):
     assert gained == {f"{TOY}.loss": [7, 10], f"{TOY}.log": [15, 17, 18]}
 
 
+def test_a_namesake_that_the_old_release_has_too_is_no_successor(drift, tmp_path):
+    helper = "def pad(rows):\n    return rows\n"
+    release(tmp_path / "before", "1.0.0", {"trainer/__init__.py": "", "trainer/toy.py": helper, "data/pad.py": helper})
+    release(tmp_path / "after", "2.0.0", {"trainer/__init__.py": "", "trainer/toy.py": "", "data/pad.py": helper})
+    covers = "<!-- covers:\ntrl.trainer.toy.pad\n-->\n<!-- coverage-table -->\n<!-- /coverage-table -->\n"
+    page = covers + excerpt("trl.trainer.toy.pad", "return rows")
+    folder, written = pages(tmp_path, toy=page), tmp_path / "drift.json"
+    main(["--pages", str(folder), "--trl", str(tmp_path / "before"), str(tmp_path / "after"), "--json", str(written)])
+    [gone] = json.loads(written.read_text())["pages"]["annotated_trainers/toy.md"]["gone"]
+    assert (gone["now"], gone["at"]) == ([], None)
+
+
 def test_a_left_out_that_grew_is_reported_as_changed(drift):
     left = f"<!-- left-out: {TOY}.loss\nfrom: b = second\nto: return\nreason: dull\n-->\n<!-- left-out-table -->\n<!-- /left-out-table -->\n"
     page = PAGE.replace(excerpt(f"{TOY}.loss", "b = second(a)", "c = third(b"), left)

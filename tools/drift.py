@@ -98,9 +98,11 @@ def compare(page: Page, new: Source) -> dict[str, list[dict]]:
             others = new.elsewhere(symbol)
             # A namesake that the old release has too is another function, and no successor.
             names = [other for other in others if other.split(".")[-1] == symbol.split(".")[-1]]
-            same = [name for name in names if not has(page.source, name)]
+            namesakes = [name for name in names if has(page.source, name)]
+            same = [name for name in names if name not in namesakes]
             now[symbol] = same[0] if len(same) == 1 else None
             used = [q.line for q in page.quotes if q.symbol == symbol]
+            others = [name for name in others if name not in namesakes]
             entry = {"symbol": symbol, "now": others, "at": now[symbol], "page_lines": used, "message": str(error)}
             found["gone"].append(entry)
     explained: set[tuple[str, int]] = set()
@@ -283,6 +285,7 @@ def page_text(old: Source, new: Source, pages: list[Page]) -> str:
             number = count(found[page.name], key)
             cells.append(f"[{number}](#{slug(f'{short(page)}: {words}')})" if number else "0")
         out.append("| " + " | ".join(cells) + " |")
+    out += ["", "The column *gone* counts methods and classes, *new lines* lines of code, the other three places."]
     for page in pages:
         out += ["", *page_part(page, new, found[page.name])]
     return "\n".join(out) + "\n"
@@ -296,6 +299,12 @@ def page_part(page: Page, new: Source, found: dict[str, list[dict]]) -> list[str
     same = len(quotes) - lost - len(differ)
     out = [f"## {page.title}", ""]
     walkthrough = f"[the walkthrough]({Path(page.name).name})"
+    whole = [e["symbol"] for e in found["gone"] if re.search(r"\.\w+Trainer\.__init__$", e["symbol"]) and not e["at"]]
+    if whole:
+        out += [
+            f"**TRL {new.version} does not have this trainer.** What is left belongs to others that it shared code with.",
+            "",
+        ]
     out.append(f"Of the {len(quotes)} places that {walkthrough} quotes, {same} are in {new.version} word for word.")
     parts: dict[str, list[str]] = {key: [] for key in KINDS}
     for e in found["gone"]:
@@ -313,7 +322,10 @@ def page_part(page: Page, new: Source, found: dict[str, list[dict]]) -> list[str
         pair = f"{numbers(old, e['symbol'], e['old'])} → {numbers(new, e['now'], e['new'])}"
         by_section.setdefault(section_link(page, e["page_line"]), []).append(pair)
     moved = [f"- {section}: {'; '.join(pairs)}" for section, pairs in by_section.items()]
-    summary = f"<summary>{len(found['moved'])} places, by the heading above them</summary>"
+    many = len(found["moved"])
+    summary = (
+        f"<summary>{many} place{'s' * (many != 1)}, by the heading above {'them' if many != 1 else 'it'}</summary>"
+    )
     parts["moved"] += ["", '<details class="drift" markdown="1">', summary, "", *moved, "", "</details>"]
     parts["gained"] += gained_entries(found, old, new)
     for key, words in KINDS.items():

@@ -142,7 +142,7 @@ def draw(trainer: str) -> None:
     keys = [key for key in result["log"] if key not in ("learning_rate", "lr", "num_tokens", "episode")]
     columns = 3
     rows = -(-len(keys) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(9, 1.9 * rows), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(9, 2 * rows + 0.2), layout="constrained", squeeze=False)
     for key, axis in zip(keys, axes.flat, strict=False):
         band = result["log"][key]
         axis.fill_between(band["step"], band["min"], band["max"], color="#3f7fbf", alpha=0.3, linewidth=0)
@@ -150,6 +150,9 @@ def draw(trainer: str) -> None:
         axis.set_title(key, fontsize=9)
     for axis in list(axes.flat)[len(keys) :]:
         axis.remove()
+    figure.get_layout_engine().set(hspace=0.09)  # a title must not look like the label of the axis above it
+    of = "rounds" if trainer == "ppo" else "steps"
+    figure.supxlabel(f"{of}; line: mean of the runs, band: from the smallest to the largest", fontsize=9)
     path = EXPECTED / f"{trainer}.svg"
     figure.savefig(path, metadata={"Date": None, "Creator": None, "Source": digest(trainer)}, facecolor="white")
     print(path.relative_to(ROOT))

@@ -33,6 +33,7 @@ import importlib
 import io
 import json
 import os
+import re
 import signal
 import tempfile
 import warnings
@@ -534,6 +535,7 @@ def readable(text: str) -> str:
     """Special tokens without bars, which would end a cell of a table, and line breaks that can be seen."""
     for token in ("user", "assistant", "system", "end", "pad"):
         text = text.replace(f"<|{token}|>", f"<{token}>")
+    text = re.sub(r"(?:\w+\.){3,}(?=\w+\.\w)", "", text)  # of a long path, the class and the method
     return text.replace("\n", "↵").replace("|", "¦").replace("`", "'")
 
 
@@ -596,10 +598,13 @@ def named(key: str) -> str:
 
 def silences() -> None:
     """What happens in the cells that are marked `!`."""
-    table(
-        ["trainer", "format", "what happens"],
-        grouped(lambda name, one: ", ".join(one["silent"]) if state(name, one) == "!" else None),
-    )
+
+    def more(name, one):
+        """Those that sample read neither answers nor labels of any row: that is no surprise."""
+        known = {"answers not read", "labels not read"} if name in SAMPLING else set()
+        return ", ".join(what for what in one["silent"] if what not in known) if state(name, one) == "!" else None
+
+    table(["trainer", "format", "what happens"], grouped(more))
 
 
 def errors() -> None:

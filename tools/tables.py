@@ -129,9 +129,14 @@ def expected_held_out(trainer: str) -> None:
     print("| --- |" + " --- |" * (len(names) + 1))
     for index, seed in enumerate(result["seeds"]):
         pairs = [[result["held_out"][name][when][index] for when in ("before", "after")] for name in names]
-        cells = ["\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}".join(f"{value:.3f}" for value in pair) for pair in pairs]
+        cells = ["\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}".join(map(figure, pair)) for pair in pairs]
         print(f"| {seed} | " + " | ".join(cells) + f" | {result['train_seconds'][index]:.0f} |")
     print()
+
+
+def figure(value: float) -> str:
+    """Three decimals, or two significant digits where those would hide them."""
+    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}"
 
 
 def made_with(result: dict) -> str:

@@ -23,13 +23,14 @@
   // words on light boxes in the dark. Material also misses the arrowheads, whose names it takes to be fixed.
   const arrows = "[id$=-arrowhead] path { fill: var(--md-mermaid-sequence-message-line-color); stroke: none }"
   const flowchart = { wrappingWidth: innerWidth < 700 ? 120 : 260 } // narrow boxes for a phone: larger words
+  const sequence = { wrap: true, width: 130, actorMargin: 30 } // a message is no wider than the way between its two
   let settings, loaded
 
   const load = () => loaded ??= new Promise((resolve, reject) => {
     const script = Object.assign(document.createElement("script"), { src: source, onload: resolve, onerror: reject })
     document.head.append(script)
   }).then(() => mermaid.initialize(
-    { ...settings, themeCSS: settings.themeCSS + arrows, look: "classic", theme: "default", flowchart },
+    { ...settings, themeCSS: settings.themeCSS + arrows, look: "classic", theme: "default", flowchart, sequence },
   ))
 
   // A wide diagram is scaled down to a half, on a phone to two thirds, where its words can still be read, and scrolls then.
@@ -44,7 +45,7 @@
       if (!entries.some(entry => entry.isIntersecting)) return
       observer.disconnect()
       resolve()
-    }, { rootMargin: "25% 0px" }).observe(element)
+    }, { rootMargin: "50% 0px" }).observe(element)
     addEventListener("beforeprint", resolve)
   })
 

@@ -9,7 +9,7 @@
     katex.render(tex, element, { displayMode: element.tagName === "DIV", throwOnError: false })
     const behind = element.nextSibling
     const mark = behind?.nodeType === Node.TEXT_NODE && element.tagName === "SPAN" && /^[,.;:!?)]+/.exec(behind.data)
-    if (!mark || tex.length > 24) return // a long formula has to break somewhere
+    if (!mark || tex.replace(/\\[a-z]+/gi, "x").length > 24) return // a long formula has to break somewhere
     const whole = document.createElement("span") // or the mark would begin the next line
     whole.style.whiteSpace = "nowrap"
     behind.data = behind.data.slice(mark[0].length)
@@ -26,12 +26,13 @@
 }
 
 // Code in a line breaks after a slash, a dot or a bracket (`completions/mean_length`), and a long name behind its
-// underscores, where it stands in a table, and never behind the hyphens of a flag. What is copied stays whole.
+// underscores, where it stands in a table or is very long, and never behind the hyphens of a flag. What is copied stays
+// whole.
 const BREAKS = /(?<=[\/.([]+)(?=[\w~])/
 const breakable = code => code.split(BREAKS).flatMap(word => word.length > 20 ? word.split(/(?<=\w_)(?=[a-z])/) : [word])
 for (const code of document.querySelectorAll(".md-typeset :not(pre) > code")) {
   const inTable = code.closest("table")
-  if (!inTable && !/(^|\s)-/.test(code.textContent)) continue
+  if (!inTable && !/(^|\s)-|\S{31}/.test(code.textContent)) continue
   const walker = document.createTreeWalker(code, NodeFilter.SHOW_TEXT)
   const texts = []
   while (walker.nextNode()) texts.push(walker.currentNode)
@@ -43,7 +44,7 @@ for (const code of document.querySelectorAll(".md-typeset :not(pre) > code")) {
         flag.textContent = part
         return [flag]
       }
-      const words = inTable ? breakable(part) : [part]
+      const words = inTable || part.length > 30 ? breakable(part) : [part]
       return words.flatMap((word, i) => i ? [document.createElement("wbr"), word] : [word])
     }).filter(piece => piece !== "")
     if (pieces.length > 1 || pieces[0] instanceof Element) text.replaceWith(...pieces)
@@ -53,6 +54,14 @@ for (const code of document.querySelectorAll(".md-typeset :not(pre) > code")) {
 for (const title of document.querySelectorAll(".excerpt__code .filename")) { // `KTOTrainer._compute_loss`
   const parts = title.textContent.split(/(?<=[._])(?=\w)/)
   title.replaceChildren(...parts.flatMap((part, i) => i ? [document.createElement("wbr"), part] : [part]))
+}
+
+// A long line of an excerpt wraps: behind a dot, a bracket or a comma, and the rest hangs under the line's own beginning.
+for (const line of document.querySelectorAll('.excerpt__code [id^="__span"]')) {
+  const code = line.textContent
+  if (code.length < 45) continue // fits
+  line.style.setProperty("--indentation", `${/^ */.exec(code)[0].length}ch`)
+  if (/\S{20}/.test(code)) for (const mark of line.querySelectorAll(".p, .o")) mark.after(document.createElement("wbr"))
 }
 
 for (const cell of document.querySelectorAll(".md-typeset td")) cell.classList.toggle("words", cell.textContent.length > 60)
