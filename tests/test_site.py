@@ -545,7 +545,7 @@ def test_no_mark_is_left_alone_behind_a_short_formula(page, site):
         })"""
     )
     short = [alone for tex, alone in marks if len(tex) <= 24]
-    assert len(short) > 50 and not any(short)
+    assert len(short) > 20 and not any(short)
 
 
 def test_the_menu_keeps_the_heading_that_is_read_in_sight(page, site):
