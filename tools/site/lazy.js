@@ -21,9 +21,10 @@
   const source = document.currentScript.dataset.mermaid
   // Material's colours, which follow light and dark, fit Mermaid's classic look. Its newer one has colours of its own: light
   // words on light boxes in the dark. Material also misses the arrowheads, whose names it takes to be fixed.
-  const arrows = "[id$=-arrowhead] path { fill: var(--md-mermaid-sequence-message-line-color); stroke: none }"
+  const arrows = "[id$=-arrowhead] path { fill: var(--md-mermaid-sequence-message-line-color); stroke: none }" +
+    ".actor-line { stroke-opacity: .4 }" // words cross it
   const flowchart = { wrappingWidth: innerWidth < 700 ? 120 : 260 } // narrow boxes for a phone: larger words
-  const sequence = { wrap: true, width: 130, actorMargin: 30 } // a message is no wider than the way between its two
+  const sequence = { wrap: true, width: 150, actorMargin: 24 } // a message is no wider than the way between its two
   let settings, loaded
 
   const load = () => loaded ??= new Promise((resolve, reject) => {
