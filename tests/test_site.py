@@ -528,6 +528,17 @@ def test_a_long_line_of_an_excerpt_wraps_between_words_and_under_its_own_beginni
     assert seen > 10
 
 
+def test_a_long_line_of_an_excerpt_scrolls_on_a_phone(page, site):
+    page.set_viewport_size(PHONE)
+    page.goto(f"{site}annotated_trainers/kto/")
+    for number in (2, 40, 80):
+        excerpt = page.locator(".excerpt").nth(number)
+        excerpt.scroll_into_view_if_needed()
+        lines = excerpt.locator('[id^="__span"]')
+        height, count = excerpt.locator("pre > code").evaluate("e => [e.clientHeight, e.scrollHeight]"), lines.count()
+        assert height[0] == height[1] < 25 * (count + 2)  # a line of code is one line
+
+
 def test_no_mark_is_left_alone_behind_a_short_formula(page, site):
     """Chromium would break the line between a formula and the comma behind it."""
     page.set_viewport_size(PHONE)
