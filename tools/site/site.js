@@ -1,9 +1,20 @@
 // What the site does in the browser beyond Material: formulas, whole scripts to the clipboard, access by keyboard.
 
-// Formulas, from the top of the page to its end, a few at a time, so that the page can be read and scrolled meanwhile. A link
-// into the page waits for all of them: what is above its target must have its height.
+// What there is much of is done from the top of the page to its end, a few at a time, so that the page can be read and
+// scrolled meanwhile. A link into the page waits for all of it: what is above its target must have its height.
+const inSlices = (elements, handle, end) => {
+  const waiting = [...elements]
+  const some = () => {
+    const until = location.hash ? Infinity : performance.now() + 20
+    while (waiting.length && performance.now() < until) handle(waiting.shift())
+    if (waiting.length) setTimeout(some)
+    else end?.()
+  }
+  some()
+}
+
+// Formulas
 {
-  const waiting = [...document.querySelectorAll(".arithmatex")]
   const set = element => {
     const tex = element.textContent.trim().replace(/^\\[([]|\\[)\]]$/g, "")
     katex.render(tex, element, { displayMode: element.tagName === "DIV", throwOnError: false })
@@ -16,13 +27,7 @@
     element.replaceWith(whole)
     whole.append(element, mark[0])
   }
-  const some = () => {
-    const end = location.hash ? Infinity : performance.now() + 20
-    while (waiting.length && performance.now() < end) set(waiting.shift())
-    if (waiting.length) setTimeout(some)
-    else makeScrollersFocusable()
-  }
-  some()
+  inSlices(document.querySelectorAll(".arithmatex"), set, () => makeScrollersFocusable())
 }
 
 // Code in a line breaks after a slash, a dot or a bracket (`completions/mean_length`), and a long name behind its
@@ -57,12 +62,12 @@ for (const title of document.querySelectorAll(".excerpt__code .filename")) { // 
 }
 
 // A long line of an excerpt wraps: behind a dot, a bracket or a comma, and the rest hangs under the line's own beginning.
-for (const line of document.querySelectorAll('.excerpt__code [id^="__span"]')) {
+inSlices(document.querySelectorAll('.excerpt__code [id^="__span"]'), line => {
   const code = line.textContent
-  if (code.length < 45) continue // fits
+  if (code.length < 45) return // fits
   line.style.setProperty("--indentation", `${/^ */.exec(code)[0].length}ch`)
   if (/\S{20}/.test(code)) for (const mark of line.querySelectorAll(".p, .o")) mark.after(document.createElement("wbr"))
-}
+})
 
 for (const cell of document.querySelectorAll(".md-typeset td")) cell.classList.toggle("words", cell.textContent.length > 60)
 
