@@ -309,7 +309,7 @@ def test_the_table_of_loss_types_names_all_of_trl_with_their_parts():
     compared = set(re.findall(r'"(\w+)"', " ".join(re.findall(r"self\.loss_type (?:==|in) (.*?):", source))))
     table = {cells[0].split("`")[1]: cells[1:] for cells in first_cells(section("The loss: five means"))[1:]}
     assert compared == set(LOSS_TYPES) == set(table)
-    terms = {"cispo": "REINFORCE", "vespo": "REINFORCE", "sapo": "sigmoid"}
+    terms = {"sapo": "sigmoid", "cispo": "REINFORCE, clamped ratio", "vespo": "REINFORCE, a weight for each answer"}
     assert {name: cells[0] for name, cells in table.items()} == {n: terms.get(n, "clipped") for n in LOSS_TYPES}
 
 
