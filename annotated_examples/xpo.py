@@ -79,6 +79,7 @@ from trl import (
     is_conversational,
     maybe_apply_chat_template,
 )
+from trl.experimental.online_dpo import OnlineDPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
 try:
@@ -360,7 +361,7 @@ FIGURES = ()  # XPOTrainer cannot evaluate
 def prompt_ids(row: dict, tokenizer) -> list[int]:
     """The tokens of a row up to the point where the answer begins, as in training: a BOS is always there, if there is one."""
     text = maybe_apply_chat_template({"prompt": row["prompt"]}, tokenizer)
-    return XPOTrainer.tokenize_row(text, False, tokenizer)["prompt_input_ids"]
+    return OnlineDPOTrainer.tokenize_row(text, False, tokenizer)["prompt_input_ids"]
 
 
 @torch.no_grad()

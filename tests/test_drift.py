@@ -10,6 +10,7 @@ import drift as drift_tool
 import pytest
 from drift import Unavailable, main, obtain, render
 from fake_release import PAGES, ROOT, pages, release
+from tables import NAMES, TRAINERS
 from trl_source import Source, SourceError, SymbolError, fold, newest_version
 from walkthroughs import Page
 
@@ -483,6 +484,17 @@ def test_the_site_shows_every_difference_of_the_committed_page(newest):
     site = render(text, "newest_trl.md", None, newest)
     assert re.findall(r"^`{3,}diff\n@@ [-+]\d+", site, re.M) and "<!-- drift" not in site
     assert len(re.findall(r"^`{3,}diff$", site, re.M)) == len(directives(text)) - 1
+
+
+def test_the_trainers_that_the_committed_page_says_are_gone_are_those_that_the_release_lacks():
+    parts = (ROOT / "annotated_trainers" / "newest_trl.md").read_text().split("\n## ")[1:]
+    told = {
+        re.search(r"\[the walkthrough\]\((\w+)\.md\)", part)[1]
+        for part in parts
+        if "does not have this trainer" in part
+    }
+    classes = json.loads((ROOT / "reference_guides" / "releases.json").read_text())["classes"]
+    assert told == {name for name in TRAINERS if not classes[f"{NAMES[name]}Trainer"]["imports"][-1][1]}
 
 
 def test_every_heading_that_the_committed_page_links_to_is_on_the_walkthrough():

@@ -1,6 +1,7 @@
 """Committed measurements are complete, belong to the pinned TRL, and the pictures show them."""
 
 import json
+import re
 
 import expected
 import pytest
@@ -62,6 +63,14 @@ def test_all_scripts_together_train_for_less_than_a_quarter_of_an_hour():
 @pytest.mark.parametrize("trainer", MEASURED)
 def test_the_picture_was_drawn_from_this_measurement(trainer):
     assert expected.digest(trainer) in (expected.EXPECTED / f"{trainer}.svg").read_text()
+
+
+@pytest.mark.parametrize("trainer", MEASURED)
+def test_no_small_figure_is_rounded_to_nothing(trainer, capsys):
+    tables.expected_held_out(trainer)
+    figures = json.loads((expected.EXPECTED / f"{trainer}.json").read_text())["held_out"].values()
+    values = [value for figure in figures for when in ("before", "after") for value in figure[when]]
+    assert len(re.findall(r"\b0\.000\b", capsys.readouterr().out)) == values.count(0)
 
 
 def test_every_script_is_measured():

@@ -95,14 +95,14 @@ def compare(page: Page, new: Source) -> dict[str, list[dict]]:
             new.symbol(symbol)
             now[symbol] = symbol
         except SymbolError as error:
-            others = new.elsewhere(symbol)
+            name = symbol.split(".")[-1]
             # A namesake that the old release has too is another function, and no successor.
-            names = [other for other in others if other.split(".")[-1] == symbol.split(".")[-1]]
-            namesakes = [name for name in names if has(page.source, name)]
-            same = [name for name in names if name not in namesakes]
+            others = [
+                other for other in new.elsewhere(symbol) if other.split(".")[-1] != name or not has(page.source, other)
+            ]
+            same = [other for other in others if other.split(".")[-1] == name]
             now[symbol] = same[0] if len(same) == 1 else None
             used = [q.line for q in page.quotes if q.symbol == symbol]
-            others = [name for name in others if name not in namesakes]
             entry = {"symbol": symbol, "now": others, "at": now[symbol], "page_lines": used, "message": str(error)}
             found["gone"].append(entry)
     explained: set[tuple[str, int]] = set()
@@ -299,8 +299,7 @@ def page_part(page: Page, new: Source, found: dict[str, list[dict]]) -> list[str
     same = len(quotes) - lost - len(differ)
     out = [f"## {page.title}", ""]
     walkthrough = f"[the walkthrough]({Path(page.name).name})"
-    whole = [e["symbol"] for e in found["gone"] if re.search(r"\.\w+Trainer\.__init__$", e["symbol"]) and not e["at"]]
-    if whole:
+    if any(re.search(r"Trainer\.__init__$", e["symbol"]) and not e["at"] for e in found["gone"]):
         out += [
             f"**TRL {new.version} does not have this trainer.** What is left belongs to others that it shared code with.",
             "",

@@ -535,7 +535,6 @@ def readable(text: str) -> str:
     """Special tokens without bars, which would end a cell of a table, and line breaks that can be seen."""
     for token in ("user", "assistant", "system", "end", "pad"):
         text = text.replace(f"<|{token}|>", f"<{token}>")
-    text = re.sub(r"(?:\w+\.){3,}(?=\w+\.\w)", "", text)  # of a long path, the class and the method
     return text.replace("\n", "↵").replace("|", "¦").replace("`", "'")
 
 
@@ -599,12 +598,12 @@ def named(key: str) -> str:
 def silences() -> None:
     """What happens in the cells that are marked `!`."""
 
-    def more(name, one):
+    def surprising(name, one):
         """Those that sample read neither answers nor labels of any row: that is no surprise."""
         known = {"answers not read", "labels not read"} if name in SAMPLING else set()
         return ", ".join(what for what in one["silent"] if what not in known) if state(name, one) == "!" else None
 
-    table(["trainer", "format", "what happens"], grouped(more))
+    table(["trainer", "format", "what happens"], grouped(surprising))
 
 
 def errors() -> None:
@@ -612,7 +611,8 @@ def errors() -> None:
     stages = {"constructor": "while it is built", "step": "in the first step"}
 
     def error(name, one):
-        message = readable(one.get("message", ""))
+        # Of the long name of a method, the class and the method
+        message = re.sub(r"(?:\w+\.){3,}(?=\w+\.\w)", "", readable(one.get("message", "")))
         message = message if len(message) <= 70 else message[:67] + "..."
         return f"`{one['error']}: {message}`, {stages[one['result']]}" if one["result"] != "trains" else None
 
