@@ -537,6 +537,9 @@ def test_a_long_line_of_an_excerpt_scrolls_on_a_phone(page, site):
         lines = excerpt.locator('[id^="__span"]')
         height, count = excerpt.locator("pre > code").evaluate("e => [e.clientHeight, e.scrollHeight]"), lines.count()
         assert height[0] == height[1] < 25 * (count + 2)  # a line of code is one line
+    titles = page.locator(".excerpt__code .filename wbr")  # its name may break, behind an underscore
+    assert titles.count() > 50
+    assert titles.first.evaluate("e => getComputedStyle(e).display") == "inline"
 
 
 def test_no_mark_is_left_alone_behind_a_short_formula(page, site):
