@@ -109,6 +109,7 @@ class Arguments(ScriptArguments):
 SCRIPT = "ppo"
 FLAGS = (Arguments, PPOConfig, ModelConfig, DatasetMixtureConfig)  # each of their fields is a flag
 COLUMNS = ({"prompt"},)  # a row needs one of these sets; more columns do no harm
+RESUMES = False  # PPOTrainer.train() takes no checkpoint to go on from
 WORLD = Path(__file__).resolve().parent / "toy"
 
 TOY = {
@@ -171,8 +172,6 @@ def holds_adapter(name: str) -> bool:
 
 def check_flags(script_args, training_args, model_args) -> None:
     """Stops at flags that PPOTrainer takes without a word and then ignores, or does something else with."""
-    if training_args.resume_from_checkpoint:
-        stop("PPOTrainer cannot resume a run: start again without --resume_from_checkpoint, in a new --output_dir")
     if training_args.reward_model_path is None:
         stop(
             "PPO needs a reward model that reads the policy's tokens: give --reward_model_path, for example "
@@ -508,6 +507,8 @@ def check_folder(toy: bool, training_args, model_args) -> Path | None:
     if training_args.output_dir == "trainer_output":  # transformers' default
         training_args.output_dir = f"outputs/{SCRIPT}-{Path(model_args.model_name_or_path).name}"
     output_dir, resume = Path(training_args.output_dir), training_args.resume_from_checkpoint
+    if resume and not RESUMES:
+        stop("this trainer cannot resume a run: start again without --resume_from_checkpoint, in a new --output_dir")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output_dir).close()
@@ -526,8 +527,8 @@ def check_folder(toy: bool, training_args, model_args) -> Path | None:
     mine = marker.is_file() and json.loads(marker.read_text()) == {"script": SCRIPT, "toy": toy}
     if files and not (mine and (toy or files == {"run.json"})):  # a toy run may replace its predecessor
         stop(
-            f"{output_dir} holds another run. Give a new --output_dir, or go on with that run: "
-            "--resume_from_checkpoint true"
+            f"{output_dir} holds another run. Give a new --output_dir"
+            + (", or go on with that run: --resume_from_checkpoint true" if RESUMES else "")
         )
     return None
 
