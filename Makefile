@@ -37,12 +37,26 @@ serve: environment ## show the site on this machine and follow changes
 	$(PYTHON) tools/stage.py
 	$(PYTHON) tools/stage.py --watch & trap "kill $$!" EXIT INT TERM; $(PYTHON) -m mkdocs serve
 
-sync: environment ## write again everything that is generated in place
+# Each part is a target of its own, so that `make --keep-going sync` makes what can be made
+.PHONY: sync-pins sync-scripts sync-walkthroughs sync-tables sync-output sync-drift
+sync: sync-pins sync-scripts sync-walkthroughs sync-tables sync-output sync-drift ## write again everything that is generated in place
+
+sync-pins: environment
 	$(PYTHON) tools/pins.py sync
+
+sync-scripts: environment
 	$(PYTHON) tools/scripts.py
+
+sync-walkthroughs: environment
 	$(PYTHON) tools/walkthroughs.py sync
+
+sync-tables: environment
 	$(COG) -r $(GENERATED)
+
+sync-output: environment
 	for page in reference_guides/*.md annotated_trainers/*.md; do $(PYTHON) tests/markdown_pages.py --write $$page || exit 1; done
+
+sync-drift: environment
 	$(PYTHON) tools/drift.py --page
 
 coverage: environment ## how much of each trainer's code its walkthrough explains

@@ -51,6 +51,7 @@ from packaging.version import Version
 from torch.random import fork_rng
 from transformers import AutoTokenizer, set_seed
 from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils.peft_utils import find_adapter_config_file
 
 
 def stop(message: str) -> None:
@@ -100,11 +101,13 @@ TOY = {
     "save_strategy": "no",  # the run is short; the model is saved at its end
 }
 
+# For Qwen3-0.6B on one GPU with 80 GB; for one with 24 GB there is recipes/full_24gb.yaml
 REAL = {
     "dataset_name": "trl-lib/ultrafeedback_binarized",
     "learning_rate": 1e-6,  # for full fine-tuning; the examples of TRL take ten times more with --use_peft
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 8,  # 32 pairs for each step of the optimizer
+    "gradient_checkpointing": False,  # with it, TRL's default, every layer is computed twice to save memory
     "num_train_epochs": 1,  # take more only while the held-out loss still falls
     "warmup_steps": 0.1,  # a share of all steps
     "lr_scheduler_type": "cosine",
@@ -186,7 +189,7 @@ def sample(trainer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
 def held_out(trainer, rows: list[dict], toy: bool) -> tuple[dict[str, float], list[tuple[str, str]]]:
     """How good the policy is on data that it never trains on: figures, and a few samples as (prompt, answer)."""
     metrics = trainer.evaluate() if FIGURES and trainer.eval_dataset is not None else {}
-    figures = {name: metrics[f"eval_{name}"] for name in FIGURES if f"eval_{name}" in metrics}
+    figures = {name: metrics[f"eval_{name}"] for name in FIGURES if metrics.get(f"eval_{name}") is not None}
     if toy:
         rows = list(load_dataset(str(WORLD / "data" / "prompt_only"), split="test"))
     rows = [row for row in rows if {"messages", "prompt"} & set(row)]  # plain text has no prompt
@@ -207,20 +210,21 @@ def held_out(trainer, rows: list[dict], toy: bool) -> tuple[dict[str, float], li
 
 def parse(command_line: list[str]):
     """Toy settings for the toy policy and for what was trained from it, real ones else; the YAML file; the flags."""
-    given = {}
-    if "--config" in command_line[:-1]:
-        given = yaml.safe_load(Path(command_line[command_line.index("--config") + 1]).read_text()) or {}
+    # TrlParser knows --config FILE, and not --config=FILE
+    command_line = [part for word in command_line for part in re.split("(?<=^--config)=", word)]
+    flags = {}
     for word, following in zip(command_line, [*command_line, ""][1:], strict=True):
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            given[name] = value if equals else following
+            flags[name.replace("-", "_")] = value if equals else following  # both spellings are flags
+    given = (read_config(flags["config"]) if "config" in flags else {}) | flags
     model = given.get("model_name_or_path")
     toy = model is None or is_toy_run(Path(model))
     if model is None and {"dataset_name", "datasets"} & set(given):
         stop("the toy policy knows nothing but sums: with --dataset_name, give your model with --model_name_or_path")
-    if toy and not WORLD.is_dir():
+    if toy and not WORLD.is_dir() and not {"-h", "--help"} & set(command_line):
         stop(f"there is no toy world in {WORLD}: run this script inside its repository, or give --model_name_or_path")
-    parser = TrlParser(FLAGS)
+    parser = TrlParser(FLAGS, allow_abbrev=False)  # half of a name would pass by the choice of settings above
     parser.set_defaults(**(TOY if toy else REAL))
     return toy, *parser.parse_args_and_config(command_line)
 
@@ -236,6 +240,19 @@ TAKERS = {  # columns -> the scripts for such rows
 }
 
 
+def read_config(name: str) -> dict:
+    """The flags of a YAML file. TrlParser reads it again, and does not say what is wrong with it."""
+    try:
+        found = yaml.safe_load(Path(name).read_text("utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        stop(f"cannot read --config {name}: {error}")
+    if not isinstance(found, dict):
+        stop(f"--config {name} is not a list of flags: it needs lines like `learning_rate: 1.0e-6`")
+    if found.get("eval_strategy") is False:
+        stop(f'--config {name}: YAML reads no as false, so write eval_strategy: "no"')
+    return found
+
+
 def is_toy_run(folder: Path) -> bool:
     """Whether a run of one of these scripts on the toy world has written this folder."""
     return (folder / "run.json").is_file() and json.loads((folder / "run.json").read_text())["toy"]
@@ -249,16 +266,22 @@ def says_empty(error: Exception) -> bool:
 
 def load_data(script_args, mixture_args):
     """All splits, from the hub, from a folder with train.jsonl (.csv, .parquet) and test.jsonl, or as a mixture."""
-    if mixture_args.datasets:
-        return get_dataset(mixture_args)
+    if mixture_args.datasets and mixture_args.streaming and mixture_args.test_split_size:
+        stop("a stream has no known end to cut a test split from: leave out streaming or test_split_size")
     name = script_args.dataset_name
+    if Path(name).is_file():
+        stop(f"{name!r} is a file: give its folder, in which the files of the splits are called train and test")
     try:
+        if mixture_args.datasets:
+            name = "the mixture"
+            return get_dataset(mixture_args)
         return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
     except (StopIteration, OSError, ValueError, DatasetGenerationError) as error:
         if says_empty(error):
             stop(f"a split of the data set {name!r} is empty")
-        reason = str(error.__cause__ or error).splitlines() or [""]
-        stop(f"cannot load {name!r}, neither as a folder of data files nor from the hub: {reason[0]}")
+        lines = str(error.__cause__ or error).splitlines() or [""]
+        reason = " ... ".join(dict.fromkeys((lines[0], lines[-1])))
+        stop(f"cannot load {name!r}, neither as a folder of data files nor from the hub: {reason}")
 
 
 def load_split(dataset, split: str):
@@ -266,7 +289,8 @@ def load_split(dataset, split: str):
     if split not in dataset:
         stop(
             f"there is no split {split!r}, only {sorted(dataset)}: choose with --dataset_train_split and "
-            "--dataset_test_split, or do without the held-out comparison with --eval_strategy no"
+            "--dataset_test_split (a mixture makes one with test_split_size), or do without the held-out comparison with "
+            "--eval_strategy no"
         )
     try:
         first = next(iter(dataset[split]), None)
@@ -283,18 +307,64 @@ def load_split(dataset, split: str):
             f"a row needs the columns {' or '.join(' + '.join(sorted(columns)) for columns in COLUMNS)}, and the split "
             f"{split!r} has {sorted(first)}: {f'such rows are for {taker}' if taker else 'rename or map your columns'}"
         )
+    for name in sorted({"prompt", *columns} & set(first)):
+        value, table = first[name], getattr(dataset[split], "data", None)  # a stream has no table
+        if value is None or (table and table.column(name).null_count):
+            row = table.column(name).is_null().index(True).as_py() if table else 0
+            stop(
+                f"row {row} of the split {split!r} has nothing in the column {name!r}: leave such rows out, or fill them"
+            )
+        if isinstance(value, str) and value.lstrip().startswith("[{"):
+            stop(f"the column {name!r} holds messages as one text: read them with json.loads, save them as JSON Lines")
+        keys = set(value[0]) if isinstance(value, list) and value and isinstance(value[0], dict) else None
+        if keys is not None and not {"role", "content"} <= keys:
+            stop(f"a message needs role and content, and those of {name!r} have {sorted(keys)}: rename them")
+    if "chosen" in columns and "prompt" not in first and SCRIPT != "reward":  # RewardTrainer can do without a prompt
+        answer = (
+            first["chosen"] if isinstance(first["chosen"], str) else " ".join(str(part) for part in first["chosen"])
+        )
+        asked = [
+            name for name in ("question", "instruction", "query", "input") if str(first.get(name, answer)) not in answer
+        ]
+        if asked or first["chosen"][:1] != first["rejected"][:1]:
+            remedy = f"is yours in {asked}? Then rename that" if asked else "these have none, so add one"
+            stop(f"without a column prompt, what chosen and rejected begin with alike is the prompt: {remedy}")
     if "chosen" in columns and isinstance(first["chosen"], list):
-        # HuggingFaceH4/ultrafeedback_binarized has the prompt also as a text, and the chosen conversation also as messages
-        twice = {"messages"} | ({"prompt"} if isinstance(first.get("prompt"), str) else set())
+        # HuggingFaceH4/ultrafeedback_binarized has the prompt also as a text, and the chosen conversation also as messages;
+        # TRL looks at any one column to learn whether rows are conversations
+        twice = {"messages", "completion"} | ({"prompt"} if isinstance(first.get("prompt"), str) else set())
         if "prompt" in twice and not any(message["role"] == "user" for message in first["chosen"]):
             stop("the prompt is a text, and the answers are messages without it: make the prompt a list of messages")
         return dataset[split].remove_columns(sorted(twice & set(first)))
     return dataset[split]
 
 
+def refuse_adapter(name: str) -> None:
+    """Stops if a folder or a repository is an adapter: transformers would freeze it with its base, or not know it."""
+    try:
+        found = find_adapter_config_file(name)
+    except OSError:  # one that is not there is none; the loading says so
+        return
+    if found:
+        kind, more = {
+            "SEQ_CLS": ("SequenceClassification", ", num_labels=1"),
+            "TOKEN_CLS": ("TokenClassification", ", num_labels=2"),
+        }.get(json.loads(Path(found).read_text()).get("task_type"), ("CausalLM", ""))
+        stop(
+            f"{name!r} holds an adapter and not a whole model. Merge it into its base: peft.AutoPeftModelFor{kind}"
+            f".from_pretrained({name!r}{more}).merge_and_unload(), then save_pretrained(FOLDER) of that and of the adapter's "
+            "tokenizer (its pad_token_id belongs into the model's config too), and give FOLDER"
+        )
+
+
 def load_tokenizer(script_args, training_args, model_args, first_row):
     """The model's tokenizer, if it can render these rows and tell padding from the end of an answer."""
     name = model_args.model_name_or_path
+    refuse_adapter(name)
+    if (Path(name) / "config.json").is_file() and not any(Path(name).glob("*token*")):
+        stop(
+            f"there is a model in {name} and no tokenizer: save it there too, with tokenizer.save_pretrained({name!r})"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name,
@@ -308,6 +378,8 @@ def load_tokenizer(script_args, training_args, model_args, first_row):
         stop(f"--pad_token {pad_token!r} is not a token of {name!r}")
     tokenizer.eos_token = getattr(training_args, "eos_token", None) or tokenizer.eos_token
     tokenizer.pad_token = pad_token or tokenizer.pad_token
+    if tokenizer.eos_token_id is None:
+        stop(f"the tokenizer of {name!r} has no token that ends an answer (eos_token): set one and save it again")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         spare = [token for token in vocabulary if re.match(r"[<\[].*(pad|reserved|unused|unk)", token)][:3]
         stop(
@@ -321,6 +393,14 @@ def load_tokenizer(script_args, training_args, model_args, first_row):
         tokenizer.chat_template = Path(template).read_text("utf-8")
     if is_conversational(columns) and tokenizer.chat_template is None and template is None:
         stop(f"the rows are conversations, and the tokenizer of {name!r} has no chat template: take an instruct model")
+    parts = [columns.get(part) or [] for part in ("messages", "prompt", "chosen", "completion")]
+    if tokenizer.chat_template and is_conversational(columns) and all(isinstance(part, list) for part in parts):
+        try:
+            tokenizer.apply_chat_template(
+                parts[0] or [message for part in parts[1:] for message in part], tokenize=False
+            )
+        except Exception as error:  # a template stops in its own words
+            stop(f"the chat template of {name!r} cannot render the first row: {error}")
     return tokenizer
 
 
@@ -336,21 +416,28 @@ def check_folder(toy: bool, training_args, model_args) -> Path | None:
         tempfile.TemporaryFile(dir=output_dir).close()
     except OSError as error:
         stop(f"cannot write to {output_dir}: {error.strerror}")
-    if resume:
-        newest = resume.lower() in ("true", "1", "yes")
+    owner, files = {"script": SCRIPT, "toy": toy}, {path.name for path in output_dir.iterdir()}
+    if resume and str(resume).lower() not in ("false", "0", "no"):
+        newest = str(resume).lower() in ("true", "1", "yes")
         found = output_dir.glob("checkpoint-*") if newest else [Path(resume)]
         whole = [folder for folder in found if (folder / "trainer_state.json").is_file()]  # the file written last
         if not whole:
             stop(f"there is no whole checkpoint in {output_dir if newest else resume} to go on from")
-        return max(whole, key=lambda folder: int(folder.name.split("-")[-1])) if newest else whole[0]
+        checkpoint = max(whole, key=lambda folder: int(folder.name.split("-")[-1])) if newest else whole[0]
+        if (marker := checkpoint.parent / "run.json").is_file() and json.loads(marker.read_text()) != owner:
+            stop(f"{checkpoint} belongs to another run, of {json.loads(marker.read_text())['script']}.py")
+        if files and checkpoint.resolve().parent != output_dir.resolve():
+            stop(f"{output_dir} holds another run, which this one would replace: give a new --output_dir")
+        return checkpoint
     if Path(model_args.model_name_or_path).resolve() == output_dir.resolve():
         stop(f"{output_dir} holds the model to begin with, and this run would replace it: give a new --output_dir")
-    files, marker = {path.name for path in output_dir.iterdir()}, output_dir / "run.json"
-    mine = marker.is_file() and json.loads(marker.read_text()) == {"script": SCRIPT, "toy": toy}
-    if files and not (mine and (toy or files == {"run.json"})):  # a toy run may replace its predecessor
+    marker = output_dir / "run.json"
+    mine = marker.is_file() and json.loads(marker.read_text()) == owner
+    if files and not (mine and (toy or files <= {"run.json", "runs"})):  # a toy run may replace its predecessor
+        go_on = RESUMES and any(name.startswith("checkpoint-") for name in files)
         stop(
             f"{output_dir} holds another run. Give a new --output_dir"
-            + (", or go on with that run: --resume_from_checkpoint true" if RESUMES else "")
+            + (", or go on with that run: --resume_from_checkpoint true" if go_on else "")
         )
     return None
 
@@ -366,11 +453,13 @@ def start(output_dir: Path, toy: bool, resume: Path | None) -> None:
 def save(trainer, output_dir: Path) -> None:
     """Writes the model beside its place and moves it there when it is whole: a full disk leaves no half of a model."""
     unfinished, main_process = output_dir / "unfinished", trainer.accelerator.is_main_process
+    push, trainer.args.push_to_hub = trainer.args.push_to_hub, False  # or save_model uploads the unfinished folder
     try:
         trainer.save_model(str(unfinished))  # in every process: each may hold a part of the weights
         for path in unfinished.iterdir() if main_process else ():
             path.replace(output_dir / path.name)
     finally:
+        trainer.args.push_to_hub = push
         if main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -405,24 +494,31 @@ def main() -> None:
     started = time.perf_counter()
     trainer.train(**({"resume_from_checkpoint": str(resume)} if resume else {}))
     seconds = time.perf_counter() - started
+    save(trainer, output_dir)  # before the second look: whatever that meets, the model is safe
     after, samples_after = held_out(trainer, rows, toy)
 
-    say(f"\n{seconds:.0f} s of training. Held out:")
-    for name, value in after.items():
-        say(f"  {name:20}{before[name]:.3f} -> {value:.3f}")
-    for (prompt, old), (_, new) in zip(samples_before, samples_after, strict=True):
-        say(f"\n  {prompt}\n    before: {old}\n    after:  {new}")
-
-    # Save
-    save(trainer, output_dir)
+    # Report
     trainer.save_state()
     if trainer.accelerator.is_main_process:
         result = {"seconds": seconds, "before": before, "after": after}
         (output_dir / "held_out.json").write_text(json.dumps(result, indent=2))
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    say(f"\n{seconds:.0f} s of training. Held out:")
+    for name in [name for name in before if name in after]:
+        say(f"  {name:20}{before[name]:.3f} -> {after[name]:.3f}")
+    for (prompt, old), (_, new) in zip(samples_before, samples_after, strict=True):
+        say(f"\n  {prompt}\n    before: {old}\n    after:  {new}")
+    if training_args.push_to_hub:  # the model card names data sets of the hub: it refuses the path of a folder
+        on_hub = not mixture_args.datasets and not Path(script_args.dataset_name).exists()
+        trainer.push_to_hub(dataset_name=script_args.dataset_name if on_hub else None)
     say(f"\nThe model is in {output_dir}.")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(
+            f"{error}\n{Path(__file__).name}: the memory of the GPU is full. What helps: --gradient_checkpointing true; a "
+            "smaller --per_device_train_batch_size, with as much more --gradient_accumulation_steps; shorter rows; "
+            "--use_peft. All of it together: annotated_examples/recipes, for cards with 24 GB"
+        ) from error

@@ -18,6 +18,7 @@ from typing import ClassVar
 
 import drift
 import pytest
+import torch
 import trl_source
 from expected import TIMES, training_rows
 
@@ -370,9 +371,13 @@ class Example:
             (other / "model.safetensors").write_text("somebody's weeks of work")
             if marker:
                 (other / "run.json").write_text(json.dumps(marker))
-            with pytest.raises(SystemExit, match="holds another run") as refused:
-                call(*SHORT, "--output_dir", "outputs/other")
-            assert ("--resume_from_checkpoint" in str(refused.value)) == self.resumes
+            for checkpoint in (False, True):  # without one, nothing can be gone on with
+                if checkpoint:
+                    (other / "checkpoint-2").mkdir(exist_ok=True)
+                with pytest.raises(SystemExit, match="holds another run") as refused:
+                    call(*SHORT, "--output_dir", "outputs/other")
+                assert ("--resume_from_checkpoint" in str(refused.value)) == (self.resumes and checkpoint)
+            (other / "checkpoint-2").rmdir()
             assert (other / "model.safetensors").read_text() == "somebody's weeks of work"
 
     # -- interrupted, repeated, and short of room ------------------------------------------------------------------------
@@ -406,6 +411,23 @@ class Example:
         first, second = losses(tmp_path / "whole"), losses(part)
         assert set(second) == {1, 2, 3, 4, 5, 6}
         assert second == pytest.approx(first, abs=1e-6)
+
+    def test_a_full_gpu_ends_with_what_helps(self, path, monkeypatch, tmp_path):
+        def full(*_, **__):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.64 GiB")
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("datasets.load_dataset", full)
+        monkeypatch.setattr(sys, "argv", [str(path)])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(path), run_name="__main__")
+        words = (
+            "4.64 GiB",
+            f"{self.name}.py: the memory of the GPU is full",
+            "--gradient_checkpointing true",
+            "recipes",
+        )
+        assert all(word in str(stopped.value) for word in words)
 
     def test_two_runs_with_one_seed_give_the_same_log(self, call, tmp_path):
         for output in ("one", "two"):
@@ -594,6 +616,16 @@ class Example:
         assert "is not a token of" in refused(*flags, "--pad_token", "<|nothing|>")
         call(*flags, "--pad_token", "<|pad|>")
         assert (tmp_path / "outputs" / f"{self.name}-model" / "model.safetensors").is_file()
+
+    def test_an_adapter_is_refused_as_the_model_to_begin_with(self, real, refused, own_model):
+        """transformers would freeze it and its base, or not know the folder for a model."""
+        (own_model / "adapter_config.json").write_text('{"base_model_name_or_path": "some/model"}')
+        assert "peft.AutoPeftModelForCausalLM" in refused(*real(model=own_model))
+
+    def test_a_model_without_a_tokenizer_is_refused(self, real, refused, own_model):
+        for path in own_model.glob("*token*"):
+            path.unlink()
+        assert "no tokenizer: save it there too" in refused(*real(model=own_model))
 
     @pytest.mark.parametrize("checkpoint", ["true", "outputs/checkpoint-7"])
     def test_a_checkpoint_that_is_not_there_is_refused(self, checkpoint, refused):

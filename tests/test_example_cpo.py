@@ -210,3 +210,10 @@ class TestCPO(Pairs):
         for row in logged(tmp_path / "simpo").values():
             assert row["nll_loss"] == 0
             assert row["logps/chosen"] > -0.1  # means over the tokens
+
+    def test_what_a_row_says_to_its_template_is_kept(self, script):
+        from datasets import Dataset
+
+        row = {"prompt": "7+9", "chosen": "16", "rejected": "17", "label": True}
+        kept = script.only_pairs(Dataset.from_list([row | {"chat_template_kwargs": {"enable_thinking": False}}]))
+        assert set(kept.column_names) == {"prompt", "chosen", "rejected", "chat_template_kwargs"}

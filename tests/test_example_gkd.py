@@ -72,9 +72,10 @@ class TestGKD(Example):
 
     def test_long_conversations_and_those_without_an_answer_are_left_out_and_counted(self, call, real, capsys):
         long = {"messages": [*USER, {"role": "assistant", "content": RIGHT * 5}]}
-        rows = [self.formats["conversation"], long, {"messages": USER}, {"messages": TURNS}]
+        alone = {"messages": [{"role": "assistant", "content": RIGHT}]}
+        rows = [self.formats["conversation"], long, {"messages": USER}, {"messages": TURNS}, alone, {"messages": []}]
         call(*real(rows))
-        assert "2 of 4 conversations are left out: they have more than max_length=64" in capsys.readouterr().out
+        assert "4 of 6 conversations are left out: they have more than max_length=64" in capsys.readouterr().out
 
     # -- the teacher -----------------------------------------------------------------------------------------------------
 
@@ -130,6 +131,9 @@ class TestGKD(Example):
 
     def test_a_max_length_that_no_conversation_fits_into_is_refused(self, real, refused):
         assert "max_length=20" in refused(*real(), "--max_length", "20")
+
+    def test_the_template_of_another_model_is_refused(self, real, refused):
+        assert "has to be a .jinja file" in refused(*real(), "--chat_template_path", TOY / "teacher")
 
     def test_packing_is_refused_by_trl(self, call):
         """Its message is about the collator; nothing is trained."""

@@ -2,12 +2,15 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 from examples import PROMPT, RIGHT, SHORT, TOY, USER, WRONG, Example, logged, run, write_rows
+
+REWARD_MODEL = TOY / "reward_model"
 
 GSM8K = [  # rows of our own in the schema of openai/gsm8k, configuration main
     {
@@ -186,8 +189,15 @@ class TestGRPO(Example):
             ("def mine(completions): return [1.0] * len(completions)", "got an unexpected keyword argument"),
             ("def yours(completions, **others): return [1.0] * len(completions)", "has no attribute 'mine'"),
             ("import nothing_of_that_name", "No module named 'nothing_of_that_name'"),
+            ("def mine(completions, **others): return [float('-inf')] * len(completions)", "an infinite number"),
+            ("def mine(completions, **others): return 1.0", "a list with a number or None"),
+            ("def mine(completions, **others): return ['good'] * len(completions)", "a list with a number or None"),
+            ("async def mine(completions, **others): return [float('nan')] * len(completions)", "returned NaN"),
         ],
-        ids=["too few", "NaN", "None for all", "takes too little", "no such function", "broken module"],
+        ids=[
+            *("too few", "NaN", "None for all", "takes too little", "no such function", "broken module"),
+            *("infinite", "one number", "words", "NaN, async"),
+        ],
     )
     def test_a_bad_reward_function_is_refused(self, code, words, rewards, refused):
         name = rewards(code)
@@ -210,6 +220,34 @@ class TestGRPO(Example):
     @pytest.mark.parametrize("model", ["no/such/model", "nobody/no-such-model"])
     def test_a_reward_model_that_is_nowhere_is_refused(self, model, refused):
         assert f"cannot load the reward model '{model}'" in refused("--reward_model_name_or_path", model)
+
+    def test_an_adapter_and_a_reader_without_a_template_are_no_reward_model_here(self, real, refused, tmp_path):
+        folder = shutil.copytree(REWARD_MODEL, tmp_path / "judge")
+        (folder / "chat_template.jinja").unlink()
+        flags = [*real([{"prompt": USER, "answer": "19"}] * 8), "--reward_model_name_or_path", folder]
+        assert "the reward model's tokenizer has no chat template" in refused(*flags)
+        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/model"}')
+        assert "peft.AutoPeftModelForSequenceClassification" in refused(*flags)
+
+    def test_held_out_rows_without_an_answer_cost_no_model(self, call, real, tmp_path):
+        """As in a benchmark that keeps its answers to itself: no reward function has anything to say about them."""
+        flags = real([{"prompt": USER, "answer": "19"}] * 8)
+        path = tmp_path / "data" / "test.jsonl"
+        path.write_text(path.read_text().replace('"19"', '""'))
+        call(*flags)
+        output = tmp_path / "outputs" / f"{self.name}-qwen3"
+        assert (output / "model.safetensors").is_file()
+        assert json.loads((output / "held_out.json").read_text())["after"] == {}
+
+    def test_a_text_prompt_beside_messages_is_a_text(self, call, real, rewards, tmp_path):
+        """Which column TRL looks at to learn whether a whole row is a conversation depends on the hash of strings."""
+        name = rewards("def mine(completions, **others): return [float(len(text.split())) for text in completions]")
+        call(*real([{"prompt": PROMPT, "messages": USER, "answer": "19"}] * 8), "--reward_funcs", name)
+        assert set(logged(tmp_path / "outputs" / f"{self.name}-qwen3")) == {1}
+
+    def test_an_adapters_dropout_is_off(self, script):
+        for flags in ((), ("--model_name_or_path", "some/model", "--use_cpu")):
+            assert script.parse([*flags, "--use_peft"])[2].disable_dropout
 
     def test_a_policy_is_no_reward_model(self, refused):
         """transformers would give it a head of random weights, and say so in a warning."""

@@ -451,3 +451,10 @@ class TestOnlineDPO(OnlinePairs):
         assert "no chat template" in message
         assert str(judge) in message
         call(*real(data=write_rows(tmp_path / "text", [self.formats["text"]] * 8)), "--reward_model_path", judge)
+
+    def test_a_function_that_waits_is_waited_for_as_in_grpo(self, call, real, rewards, tmp_path):
+        name = rewards(
+            "async def mine(completions, **others): return [float(len(c[0]['content'])) for c in completions]"
+        )
+        call(*real(), "--reward_funcs", name)
+        assert set(logged(tmp_path / "outputs" / "online_dpo-qwen3")) == {1}

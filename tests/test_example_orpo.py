@@ -67,3 +67,10 @@ class TestORPO(Pairs):
             losses = method(mended, certain - 1e-9, other)[0]
             gradients = torch.autograd.grad(losses.sum(), (certain, other))
             assert all(gradient.isfinite().all() for gradient in gradients) == finite
+
+    def test_what_a_row_says_to_its_template_is_kept(self, script):
+        from datasets import Dataset
+
+        row = {"prompt": "7+9", "chosen": "16", "rejected": "17", "label": True}
+        kept = script.only_pairs(Dataset.from_list([row | {"chat_template_kwargs": {"enable_thinking": False}}]))
+        assert set(kept.column_names) == {"prompt", "chosen", "rejected", "chat_template_kwargs"}

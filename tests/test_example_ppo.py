@@ -288,3 +288,14 @@ class TestPPO(Example):
         message = refused(*real(), "--reward_model_path", other)
         assert "another vocabulary" in message
         assert "'7'" in message or "'8'" in message
+
+    def test_the_penalty_is_paid_by_cut_answers_whichever_token_ends_them(self, trained, own_model, real):
+        """TRL looks for eos_token even where --stop_token_id ends the answers: then everybody would pay."""
+        import json
+
+        path = own_model / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|system|>"}))
+        flags = [*real(model=own_model), "--missing_eos_penalty", "5", "--response_length", "100"]
+        trainer = trained(*flags, "--stop_token_id", "1")
+        end = trainer.processing_class.convert_ids_to_tokens(1)
+        assert trainer.processing_class.eos_token == end != "<|system|>"

@@ -319,3 +319,12 @@ class TestPRM(Example):
             load(EXAMPLES / "prm.py")
         for part in ("removed in TRL 1.14", "uv run prm.py", "pip install 'trl==", "no successor"):
             assert part in str(stopped.value)
+
+    def test_a_row_without_steps_has_no_last_one(self, call, real, tmp_path):
+        rows = [next(iter(self.formats.values()))] * 6 + [{"prompt": PROMPT, "completions": [], "labels": []}]
+        call(*real([self.row(place, row) for place, row in enumerate(rows)]), "--train_on_last_step_only")
+        assert set(logged(tmp_path / "outputs" / "prm-qwen3")) == {1}
+
+    def test_a_separator_as_a_shell_leaves_it_is_refused(self, real, refused):
+        flags = list(map(str, real()))
+        assert "backslash" in refused(*flags, "--step_separator", r"\n")

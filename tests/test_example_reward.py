@@ -252,3 +252,19 @@ class TestReward(Example):
         rows = [PREFERENCE["text, explicit prompt"] | {"margin": 3.0}] * 8
         call(*real(rows))
         assert losses(tmp_path / "outputs" / "reward-qwen3")[1] > 2
+
+    def test_an_adapter_is_to_be_merged_as_what_it_is(self, real, refused, own_model):
+        for task, kind in (("SEQ_CLS", "SequenceClassification"), ("TOKEN_CLS", "TokenClassification")):
+            (own_model / "adapter_config.json").write_text(json.dumps({"task_type": task}))
+            assert f"peft.AutoPeftModelFor{kind}.from_pretrained" in refused(*real(model=own_model))
+
+    def test_pairs_without_a_prompt_are_data_for_a_reward_model(self, call, real, tmp_path):
+        call(*real([{"chosen": "Good.", "rejected": "Bad.", "question": PROMPT}] * 8))
+        assert set(logged(tmp_path / "outputs" / "reward-qwen3")) == {1}
+
+    def test_a_margin_that_is_nan_in_a_later_row_is_refused(self, script):
+        from datasets import Dataset
+
+        row = {"chosen": RIGHT, "rejected": WRONG}
+        with pytest.raises(SystemExit, match="margin must be a number"):
+            script.check_rows(Dataset.from_list([row | {"margin": 1.0}, row | {"margin": float("nan")}]), "train")

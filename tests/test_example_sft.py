@@ -160,3 +160,8 @@ class TestSFT(Example):
         assert transformers.AutoTokenizer.from_pretrained(saved).eos_token == "<|end|>"
         ends = transformers.GenerationConfig.from_pretrained(saved).eos_token_id
         assert 1 in (ends if isinstance(ends, list) else [ends])  # it will stop there
+
+    def test_a_text_beside_prompt_and_completion_is_left_out(self, call, real, capsys):
+        """Otherwise TRL puts the end token behind the text, and none behind the answer."""
+        call(*real([{"prompt": PROMPT + " ", "completion": RIGHT, "text": PROMPT + RIGHT}] * 8))
+        assert re.search(r"^loss .*#19<\|end\|>$", capsys.readouterr().out, re.M)

@@ -1,9 +1,10 @@
 """xpo.py: what all scripts are tested for, what it shares with online_dpo.py and nash_md.py, and what only it has to show."""
 
+import shutil
 import sys
 
 import pytest
-from examples import EXAMPLES, SHORT, functions, load, logged
+from examples import EXAMPLES, PROMPT, SHORT, functions, load, logged
 from test_example_online_dpo import LORA, OnlinePairs
 
 
@@ -86,6 +87,9 @@ class TokensForTheRewardModel(OnlinePairs):
     def test_a_penalty_that_nobody_would_pay_is_refused(self, call, real, refused, tmp_path):
         """TRL looks for the end token in prompt and answer together."""
         assert "--missing_eos_penalty" in refused("--missing_eos_penalty", "1.0")
+        mixed = [self.formats["text"]] * 7 + [{"prompt": PROMPT + "<|end|>"}]  # then only some answers would pay
+        assert "--missing_eos_penalty" in refused(*real(mixed), "--missing_eos_penalty", "1.0")
+        shutil.rmtree(tmp_path / "data")
         call(*real([self.formats["text"]] * 8), "--missing_eos_penalty", "1.0")  # these prompts hold none
         assert set(logged(tmp_path / "outputs" / f"{self.name}-qwen3")) == {1}
 

@@ -5,7 +5,9 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -57,10 +59,10 @@ def run_tool(*arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def measured(build):
-    """Three real jobs with the tiny model: the JSON, and what was printed."""
+    """Three real jobs with the tiny model, two as forks and one in a fresh process: the JSON, and what was printed."""
     results = build / "results"
     printed = run_tool("run", "--tiny", str(results), "--only", "sft", "--ways", "ours", "plain")
-    printed += run_tool("run", "--tiny", str(results), "--only", "grpo", "--ways", "plain")
+    printed += run_tool("run", "--tiny", str(results), "--only", "grpo", "--ways", "plain", "--no-fork")
     (file,) = results.glob("*.json")
     return SimpleNamespace(file=file, jobs=json.loads(file.read_text())["jobs"], printed=printed)
 
@@ -75,14 +77,16 @@ def test_a_run_writes_every_figure_of_every_job(measured):
         assert record["seconds_per_step"] > 0 and record["tokens_per_second"] > 0 and record["flops_per_second"] > 0
         assert sum(record["phases"].values()) == pytest.approx(1)
         assert {"forward", "backward", "optimizer", "rest"} <= set(record["phases"])
-        assert len(record["curves"]["grad_norm"]) == sum(gpu.STEPS["slow"])
+        assert len(record["curves"]["grad_norm"]) == sum(gpu.STEPS["sampling"])
+        assert record["seconds_of_each_timed_step"] == [record["seconds_per_step"]]
         assert name in measured.printed
     assert measured.printed.count("0 jobs are left.") == 2
 
 
 def test_both_sides_do_the_same_work_and_give_the_same_losses(measured):
     ours, plain = measured.jobs["sft ours"], measured.jobs["sft plain"]
-    assert (ours["batch"], ours["accumulation"]) != (plain["batch"], plain["accumulation"]) == (8, 4)
+    assert ours["batch"] * ours["accumulation"] == plain["batch"] * plain["accumulation"] == 8 * 4
+    assert "gradient_checkpointing" not in ours["changed"] and "shortened" in ours
     work = [record["tokens_per_second"] * record["seconds_per_step"] for record in (ours, plain)]
     assert work[0] == pytest.approx(work[1])
     assert ours["curves"]["loss"] == pytest.approx(plain["curves"]["loss"], rel=1e-4)
@@ -94,6 +98,26 @@ def test_every_sampled_answer_has_the_full_length(measured):
     assert sampled == pytest.approx(64 * 8)  # answers of a step, tokens of an answer
     assert record["phases"]["generation"] > 0
     assert 0 < record["curves"]["reward"][0] < 1
+    assert record["shortened"] == {"answers": [8, gpu.load("grpo").REAL["max_completion_length"]]}
+
+
+def test_three_timed_steps_give_their_median_and_an_average_number_of_tokens(measured, build, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(gpu, "steps_of", lambda *_: (1, 3, 1))
+    monkeypatch.setattr(gpu.Work, "watch", lambda self: None)
+    totals = iter(
+        [
+            {"tokens": 0, "generated": 0, "flops": 0},
+            *({"tokens": n, "generated": 0, "flops": 0} for n in (30, 60, 120, 120)),
+        ]
+    )
+    monkeypatch.setattr(gpu.Work, "totals", lambda self: next(totals))
+    found = gpu.attempt(gpu.measure, job("sft", "plain"), "tiny")
+    assert found["status"] == "measured", found
+    seconds = sorted(found["seconds_of_each_timed_step"])
+    assert len(seconds) == 3 and found["seconds_per_step"] == seconds[1]
+    assert found["tokens_per_second"] == pytest.approx(40 / seconds[1])
 
 
 def test_the_row_of_a_toy_run_holds_before_and_after(build, monkeypatch):
@@ -114,10 +138,24 @@ def test_a_second_run_has_nothing_to_do(measured):
 
 
 def test_without_a_gpu_nothing_is_measured(build, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "run"])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "run", "--no-fork"])
     monkeypatch.setattr(gpu, "ask", lambda *_: {"gpu": None})
     with pytest.raises(SystemExit, match="no NVIDIA GPU"):
         gpu.main()
+
+
+def test_the_minutes_begin_with_the_process(build, monkeypatch):
+    """Loading everything takes a minute on a machine that has never done it; a slice must end in time all the same."""
+    now, asked = [1000.0], []
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(gpu, "import_once", lambda names: now.__setitem__(0, 1060.0))
+    monkeypatch.setattr(gpu, "ask", lambda *given: asked.append(given) or now.__setitem__(0, 1090.0) or {"gpu": None})
+    monkeypatch.setattr(gpu, "run", lambda *given: asked.append(given) or [])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "run", "--tiny", "x", "--minutes", "9", "--limit", "40"])
+    gpu.main()
+    (command, *_, patience), (*_, deadline, again, also, longest) = asked
+    assert (command, patience) == ("probe", 300)
+    assert (deadline, again, also, longest) == (1000 + 9 * 60, False, [], 40)
 
 
 # --------------------------------------------------------------------------------------------------- the order of things
@@ -143,9 +181,9 @@ def tool(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "run_job", pretend)
     file = tmp_path / "gpu.json"
 
-    def run(todo=TODO, minutes=60.0, again=False, header=HEADER, also=None):
+    def run(todo=TODO, minutes=60.0, again=False, header=HEADER, also=(), longest=gpu.LIMIT):
         calls.clear()
-        left = gpu.run(todo, "real", file, header, minutes, again, also)
+        left = gpu.run(todo, "real", file, header, time.monotonic() + 60 * minutes, again, also, longest)
         return [gpu.key(one) for one in left]
 
     return SimpleNamespace(run=run, calls=calls, answers=answers, file=file, jobs=lambda: read(file)["jobs"])
@@ -170,12 +208,10 @@ def test_a_run_that_is_cut_off_goes_on_where_it_stopped(tool):
 
 def test_no_job_starts_when_the_minutes_are_over(tool):
     tool.answers["sft ours"] = lambda job: time.sleep(0.3) or FIGURES
-    assert tool.run(minutes=(60 + 0.2) / 60) == [
-        "sft plain",
-        "dpo ours",
-    ]  # 60 s are the least that a job is started for
+    assert gpu.LEAST == 25  # seconds: the least that a job is started for
+    assert tool.run(minutes=(25 + 0.2) / 60) == ["sft plain", "dpo ours"]
     assert list(tool.jobs()) == ["sft ours"]
-    assert tool.calls[0][2] <= 60.2
+    assert tool.calls[0][2] <= 25.2
 
 
 def test_a_job_stopped_by_the_end_of_the_slice_is_measured_in_the_next_one(tool, monkeypatch):
@@ -183,7 +219,21 @@ def test_a_job_stopped_by_the_end_of_the_slice_is_measured_in_the_next_one(tool,
     monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
     tool.answers["sft plain"] = lambda job: now.__setitem__(0, 540.0)  # -> None: stopped
     now[0] = 0.0
-    tool.answers["sft ours"] = lambda job: now.__setitem__(0, 300.0) or FIGURES
+    tool.answers["sft ours"] = lambda job: now.__setitem__(0, 500.0) or FIGURES
+    assert tool.run(minutes=9) == ["sft plain", "dpo ours"]
+    assert list(tool.jobs()) == ["sft ours"]
+
+
+def test_so_is_one_whose_second_try_was_stopped_by_the_end_of_the_slice(tool, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    tool.answers["sft ours"] = lambda job: now.__setitem__(0, 460.0) or FIGURES  # so the first try has all its time
+
+    def full_and_then_stopped(job):
+        now[0] += 40
+        return None if job.get("batch") else {"status": "out of memory"}
+
+    tool.answers["sft plain"] = full_and_then_stopped
     assert tool.run(minutes=9) == ["sft plain", "dpo ours"]
     assert list(tool.jobs()) == ["sft ours"]
 
@@ -191,13 +241,20 @@ def test_a_job_stopped_by_the_end_of_the_slice_is_measured_in_the_next_one(tool,
 def test_a_job_that_used_up_its_whole_time_is_recorded(tool):
     tool.answers["sft ours"] = lambda job: None
     assert tool.run() == []
-    assert tool.jobs()["sft ours"] == {"digest": "d", "status": f"over {gpu.LIMIT} s"}
+    assert tool.jobs()["sft ours"] == {"digest": "d", "status": "over 75 s"}
+    assert {limit for *_, limit in tool.calls} == {75}
+
+
+def test_a_job_can_be_given_another_limit(tool):
+    tool.answers["sft ours"] = lambda job: None
+    tool.run(longest=200)
+    assert tool.jobs()["sft ours"]["status"] == "over 200 s"
 
 
 def test_a_job_that_is_too_long_for_a_slice_does_not_stand_in_the_way_of_the_others(tool):
     tool.answers["sft ours"] = lambda job: None
-    assert tool.run(minutes=5) == []
-    assert tool.jobs()["sft ours"]["status"] == "over 300 s" and len(tool.jobs()) == 3
+    assert tool.run(minutes=1) == []
+    assert tool.jobs()["sft ours"]["status"] == "over 60 s" and len(tool.jobs()) == 3
 
 
 def test_out_of_memory_is_a_result_and_the_defaults_go_on_with_half_of_the_rows(tool):
@@ -248,14 +305,53 @@ def test_a_lever_without_its_package_is_recorded_as_such_and_tried_once_it_is_th
     assert tool.jobs()[gpu.key(wanted)]["status"] == "measured"
 
 
+def test_the_last_lines_of_the_log_are_printed_for_what_failed(tool, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "BUILD", tmp_path)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "sft-plain.log").write_text("".join(f"line {number}\n" for number in range(20)))
+    tool.answers["sft plain"] = {"status": "error", "error": "ValueError: no"}
+    tool.run()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "sft plain: error ValueError: no" and lines[17].startswith("dpo ours: ")
+    assert lines[2:17] == [f"    | line {number}" for number in range(5, 20)]
+
+
+def test_names_of_logs_need_no_quotes():
+    names = [gpu.log_of(one).name for one in gpu.jobs(gpu.scripts(), list(gpu.WAYS))]
+    assert "sft-plain-packing-flex-attention.log" in names and len(set(names)) == len(names)
+    assert all(re.fullmatch(r"[a-z0-9.-]+", name) for name in names)
+
+
 def test_the_json_is_copied_after_each_job(tool, tmp_path):
-    tool.run(also=tmp_path / "out")
-    assert read(tmp_path / "out" / "gpu.json") == read(tool.file)
+    tool.run(also=[tmp_path / "out", tmp_path / "kept" / "here"])
+    for folder in ("out", "kept/here"):
+        assert read(tmp_path / folder / "gpu.json") == read(tool.file)
 
 
-def test_the_comparison_comes_first_and_begins_with_the_most_read_trainers():
+def test_a_run_without_a_json_goes_on_with_the_newest_copy(tool, tmp_path):
+    """The working tree of a lent machine is replaced before each slice; a folder beside it is kept."""
+    folders = [tmp_path / name for name in ("old", "new", "empty")]
+    tool.run(TODO[:1], also=folders[:1])
+    tool.run(TODO[:2], also=folders[1:2])
+    os.utime(folders[0] / "gpu.json", (1, 1))
+    tool.file.unlink()
+    assert tool.run(also=folders) == []
+    assert [name for name, *_ in tool.calls] == ["dpo ours"] and len(tool.jobs()) == 3
+    assert len(read(folders[2] / "gpu.json")["jobs"]) == 3
+
+
+def test_the_json_in_its_place_goes_before_any_copy(tool, tmp_path):
+    tool.run(TODO[:1], also=[tmp_path / "copy"])
+    tool.file.write_text(json.dumps(HEADER | {"jobs": {}}))
+    tool.run(TODO[:1], also=[tmp_path / "copy"])
+    assert [name for name, *_ in tool.calls] == ["sft ours"]
+
+
+def test_the_comparison_comes_first_and_begins_with_what_does_not_sample():
     names = [gpu.key(one) for one in gpu.jobs(gpu.scripts(), list(gpu.WAYS))]
     assert names[:4] == ["sft ours", "sft plain", "dpo ours", "dpo plain"]
+    sampling = [name in gpu.SAMPLING for name in gpu.scripts()]
+    assert sampling == sorted(sampling) and sum(sampling) == 7
     ways = [re.sub(r"^\w+ ", "", name) for name in names]
     assert ways.index("toy") == 2 * len(gpu.scripts()) and ways[-1] == f"plain + {list(gpu.LEVERS)[-1]}"
     assert len(set(names)) == len(names)
@@ -271,6 +367,102 @@ def test_the_digest_follows_the_values_and_not_the_comments(tmp_path, monkeypatc
 
 
 # ------------------------------------------------------------------------------------------------------------ children
+
+
+PARENT = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import gpu
+gpu.IMPORTED, gpu.__file__ = sys.argv[2] == "fork", sys.argv[3]
+gpu.answer = lambda file: exec(open(sys.argv[3]).read())
+with open(sys.argv[4], "w") as log:
+    gpu.child([sys.argv[5]], 60, log)
+"""
+JOB = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+
+
+def is_alive(process: int) -> bool:
+    """Whether it still runs; one that nobody has asked for its exit status does not."""
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+
+
+def wait_until(condition, seconds: float = 20) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return bool(condition())
+
+
+@pytest.mark.parametrize("way", ["fork", "fresh process"])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_job_does_not_outlive_the_run(tmp_path, way, how):
+    """Else it would hold the GPU while the next run measures."""
+    (tmp_path / "job.py").write_text(JOB)
+    log = tmp_path / "log"
+    arguments = [str(Path(gpu.__file__).parent), way, str(tmp_path / "job.py"), str(log), "x"]
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, *arguments])
+    try:
+        assert wait_until(lambda: log.is_file() and log.read_text().endswith("\n"))
+        child = int(log.read_text())
+        assert is_alive(child) and child != parent.pid
+        parent.send_signal(how)
+        parent.wait()
+        gone = wait_until(lambda: not is_alive(child), 3)
+        if not gone:
+            os.kill(child, signal.SIGKILL)
+        assert gone
+    finally:
+        parent.kill()
+        parent.wait()
+
+
+def test_a_fork_is_stopped_at_its_limit_with_what_it_has_started(tmp_path, monkeypatch):
+    def answer(*_):
+        print(subprocess.Popen(["sleep", "60"]).pid)
+        time.sleep(60)
+
+    monkeypatch.setattr(gpu, "IMPORTED", True)
+    monkeypatch.setattr(gpu, "answer", answer)
+    started = time.perf_counter()
+    with (tmp_path / "log").open("w") as log:
+        assert gpu.child([], 1.0, log) is None
+    assert time.perf_counter() - started < 5
+    grandchild = int((tmp_path / "log").read_text())
+    assert wait_until(lambda: not is_alive(grandchild), 3)
+
+
+def test_what_a_fork_prints_and_how_it_ends_is_known(build, monkeypatch, capfd):
+    def answer(*_):
+        print("on stdout")
+        os.write(2, b"on stderr\n")
+        raise KeyError("the last line")
+
+    monkeypatch.setattr(gpu, "IMPORTED", True)
+    monkeypatch.setattr(gpu, "answer", answer)
+    found = gpu.ask("job", job("sft"), "tiny", 60)
+    assert found == {"status": "error", "error": "the process ended with 1: KeyError: 'the last line'"}
+    text = gpu.log_of(job("sft")).read_text()
+    assert "on stdout\n" in text and "on stderr\n" in text
+    assert "on std" not in "".join(capfd.readouterr())
+
+
+def test_importing_for_all_scripts_starts_no_cuda(build):
+    """As on a machine with a GPU: torch is told that it was built for CUDA, and what would start it is watched."""
+    code = f"""
+import sys, torch, traceback
+sys.path.insert(0, {str(Path(gpu.__file__).parent)!r})
+def started(*_): traceback.print_stack(); raise SystemExit("CUDA was started")
+torch.cuda._is_compiled, torch.cuda._device_count_nvml = lambda: True, lambda: 1
+torch._C._cuda_getDeviceCount = torch.cuda._lazy_init = started
+torch._C._cuda_getCurrentRawStream = started  # a build for CPUs has none, and parts of torch import it
+import gpu
+gpu.import_once(gpu.scripts())
+assert torch.cuda.is_available() and gpu.IMPORTED
+assert {{"trl.trainer.dpo_trainer", "trl.experimental.xpo.xpo_trainer"}} <= set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_failing_job_leaves_its_last_line(build):
@@ -298,6 +490,8 @@ def test_out_of_memory_is_told_from_other_errors():
 
     assert fail(torch.OutOfMemoryError("CUDA out of memory."))["status"] == "out of memory"
     assert fail(RuntimeError("CUDA error: out of memory"))["status"] == "out of memory"
+    cublas = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    assert fail(RuntimeError(cublas))["status"] == "out of memory"
     found = fail(SystemExit("sft.py: first line\nlast line"))
     assert found == {"status": "error", "error": "SystemExit: last line"}
 
@@ -498,28 +692,75 @@ def test_every_flag_exists(modules):
     for lever, (flags, _, takers) in gpu.LEVERS.items():
         for name in takers or modules:
             assert name not in modules or set(flags) <= known(modules[name]), (lever, name)
+    for name, flags in ((name, flags) for more in gpu.LEVERS_WITH.values() for name, flags in more.items()):
+        assert set(flags) <= known(modules[name])
+    assert set(gpu.LEVERS_WITH) <= set(gpu.LEVERS)
+    for name in gpu.SAMPLING & set(modules):
+        assert len(set(gpu.ANSWER_FLAGS) & known(modules[name])) == 1
     for name in gpu.WITH_REWARD_MODEL & set(modules):
         assert "reward_model_path" in known(modules[name])
 
 
+def changed(script, one: dict, folder: Path, size: str = "real") -> dict:
+    """The settings of a job, with the script as it was afterwards."""
+    real = script.REAL
+    try:
+        gpu.change_settings(one, script, size, folder)
+        return script.REAL
+    finally:
+        script.REAL = real
+
+
+def rows(settings: dict) -> tuple[int, int]:
+    return settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]
+
+
 def test_plain_keeps_the_method_and_the_batch_and_drops_the_rest(modules, tmp_path):
     for name, script in modules.items():
-        real = dict(script.REAL)
-        try:
-            gpu.change_settings(job(name, "plain"), script, "tiny", tmp_path)
-            dropped = set(real) - set(script.REAL)
-            assert dropped <= gpu.SPEED
-            assert all(
-                script.REAL[key] == real[key] for key in ("learning_rate", "beta", "num_generations") if key in real
-            )
-            rows = [
-                s.get("per_device_train_batch_size", 8) * s.get("gradient_accumulation_steps", 1)
-                for s in (real, script.REAL)
-            ]
-            assert rows[1] == gpu.SLOW.get(name, rows[0])
-            assert script.REAL["per_device_train_batch_size"] == 8
-        finally:
-            script.REAL = real
+        real, plain = script.REAL, changed(script, job(name, "plain"), tmp_path)
+        assert set(real) - set(plain) <= gpu.SPEED
+        assert all(plain[key] == real[key] for key in ("learning_rate", "beta", "num_generations") if key in real)
+        assert rows(plain)[0] == 8
+
+
+def test_both_sides_take_the_same_rows_and_answers_for_a_step(modules, tmp_path):
+    for name, script in modules.items():
+        ours, plain = (changed(script, job(name, way), tmp_path) for way in ("ours", "plain"))
+        step = gpu.rows_of_a_step(script.REAL)
+        step = min(step, 8 if name == "nash_md" else 16) if name in gpu.PROMPTS else step
+        assert gpu.rows_of_a_step(ours) == gpu.rows_of_a_step(plain) == step
+        assert rows(ours)[0] == min(script.REAL.get("per_device_train_batch_size", 8), step)
+        if name in gpu.SAMPLING:
+            (flag,) = set(gpu.ANSWER_FLAGS) & known(script)
+            assert ours[flag] == plain[flag] == (128 if name in ("grpo", "rloo") else 64)
+            assert gpu.shortened(script.REAL, ours)["answers"] == [ours[flag], script.REAL[flag]]
+
+
+def test_rows_at_once_never_change_the_rows_of_a_step(modules, tmp_path, monkeypatch):
+    script = modules["xpo"]
+    for at_once, steps, expected in ((32, 1, (16, 1)), (6, 4, (4, 4)), (2, 2, (2, 2))):
+        real = script.REAL | {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": steps}
+        monkeypatch.setattr(script, "REAL", real)
+        assert rows(changed(script, job("xpo"), tmp_path)) == expected
+
+
+def test_what_is_not_shortened_is_not_named():
+    real = {"max_new_tokens": 64, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 16}
+    assert gpu.shortened(real, real) == {}
+    assert gpu.shortened(real, real | {"gradient_accumulation_steps": 8}) == {"rows": [16, 32]}
+
+
+def test_liger_gets_what_it_needs_with_each_trainer(modules, tmp_path):
+    settings = {
+        name: changed(script, job(name, "plain", "Liger kernels"), tmp_path) for name, script in modules.items()
+    }
+    assert all(found["use_liger_kernel"] for found in settings.values())
+    assert {name for name, found in settings.items() if found.get("tf32")} == {"dpo", "kto", "grpo", "gkd"}
+    without = {"fused_linear_cross_entropy": False}
+    assert {name for name, found in settings.items() if found.get("liger_kernel_config") == without} == {
+        "reward",
+        "prm",
+    }
 
 
 def test_an_unknown_flag_is_an_error(modules, tmp_path, monkeypatch):
@@ -610,7 +851,9 @@ def test_the_tables_of_a_measurement(tmp_path, capsys):
     gpu_tables.everything(tmp_path)
     printed = capsys.readouterr().out
     assert "| `dpo` | 8.0 | 10.0 | 2 | 2,000 | – | 25 % | 0 % | 0 % | 25 % | 75 % | 0 % | 0 % |" in printed
-    assert "| `dpo` | 1,000 | 2,000 | **2.00** | 8.0 | 8.0 | 4 | 4 | 0 | 0.0 % |" in printed
+    assert "| `dpo` | 1,000 | 2,000 | **2.00** | 8.0 | 8.0 | 4 | 4 | 0.0 % | 0 |" in printed
+    assert printed.index("gradient norms differ by") < printed.index("losses by")
+    assert "equal losses prove little" in printed
     assert "| `kto` | out of memory |" in printed
     assert "Geometric mean over 2 of 15 trainers: **3.00** times." in printed
     assert "1.50, GB 0.50" in printed and "right answers: 0.700 → 0.950" in printed
@@ -620,6 +863,19 @@ def test_the_tables_of_a_measurement(tmp_path, capsys):
         rows = [line for line in heading.splitlines() if line.startswith("| `")]
         assert len(rows) == 15
         assert all(re.search(r"\d|not measured|out of memory", row.split("|", 2)[2]) for row in rows)
+
+
+def test_what_was_shortened_is_said_beside_the_figures(tmp_path, capsys):
+    answers, rows = {"answers": [64, 256]}, {"rows": [16, 32]}
+    jobs = {f"{name} ours": FIGURES | {"shortened": answers | rows} for name in ("ppo", "xpo")}
+    jobs |= {"gkd ours": FIGURES | {"shortened": answers}, "sft ours": FIGURES | {"shortened": {}}}
+    gpu_tables.shortened(result_of(jobs), "ours")
+    lines = capsys.readouterr().out.split("\n\n")
+    assert lines[:2] == [
+        "`ppo`, `xpo`: Answers of 64 tokens; the settings allow 256. 16 rows a step; the settings take 32.",
+        "`gkd`: Answers of 64 tokens; the settings allow 256.",
+    ]
+    assert lines[2:] == [""]
 
 
 def test_figures_of_settings_that_have_changed_are_not_shown(tmp_path, capsys):

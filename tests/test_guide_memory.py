@@ -13,13 +13,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
+import compare
 import formats
 import memory
 import pytest
 import torch
 import troubleshooting
+import yaml
 from drift import slug
-from markdown_pages import GUIDES, ran
+from markdown_pages import GUIDES, ROOT, ran
 from memory import COPIES, TOY, TRAINERS, WAYS, peak, predicted, total
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
@@ -594,6 +596,29 @@ def test_the_sizes_of_the_worked_example(page):
         assert per_row == (2 if rows.startswith("2B") else 1), name
     matrices = page["n"] - page["n"] % 1  # nearly all weights are in matrices
     assert round(2 * matrices / 1e9, 1) == 1.2
+
+
+def test_the_table_of_the_scripts_settings_is_theirs_and_fits_the_cards_that_it_names(page):
+    assert sorted(page["SCRIPTS"]) == sorted(TRAINERS)
+    recipe = yaml.safe_load((ROOT / "annotated_examples/recipes/full_24gb.yaml").read_text())
+    assert recipe["gradient_checkpointing"] is True and recipe["per_device_train_batch_size"] == 1
+    for name, (batch, tokens, answer) in page["SCRIPTS"].items():
+        real, config = compare.load(name).REAL, formats.classes(name)[0]
+        assert real["per_device_train_batch_size"] == batch and real["gradient_checkpointing"] is False, name
+        longest = real.get("max_length", getattr(config, "max_length", None))
+        if name in ("grpo", "rloo"):  # prompts are not cut
+            longest = 512 + answer
+        elif name == "ppo":
+            longest = compare.load(name).Arguments.max_prompt_length + answer
+        elif name == "gkd":  # the student's own answer behind a prompt that leaves room for one token
+            longest += answer - 1
+        assert longest == tokens, name
+        lengths = ("max_completion_length", "max_new_tokens", "response_length")
+        sampled = [real[key] for key in lengths if key in real]
+        assert sampled in ([], [answer]), name
+        assert page["estimate"](name, batch, tokens, answer)[-1] < 0.85 * 80e9, name
+        least = page["estimate"](name, 2 if name == "kto" else 1, tokens, answer, checkpointing=True)[-1]
+        assert (least < 0.65 * 24e9) == (name not in ("ppo", "gkd")), name
 
 
 # --- links and tables ---------------------------------------------------------------------------------------------------------

@@ -11,11 +11,16 @@ from examples import EXAMPLES, SCRIPTS, load, run
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
 ACCELERATE = sorted((EXAMPLES / "recipes" / "accelerate").glob("*.yaml"))
 SAMPLING = {"grpo", "rloo", "online_dpo"}
+TAKERS = {  # recipe -> the scripts that it is for, where these are not all
+    "vllm_colocate": SAMPLING,
+    "vllm_server": SAMPLING,
+    "full_24gb": set(SCRIPTS) - {"ppo", "gkd"},
+}
 CASES = [
     pytest.param(recipe, name, id=f"{recipe.stem}, {name}")
     for recipe in RECIPES
     for name in SCRIPTS
-    if not recipe.stem.startswith("vllm") or name in SAMPLING
+    if name in TAKERS.get(recipe.stem, SCRIPTS)
 ]
 
 

@@ -41,6 +41,7 @@ from walkthrough_tools import (
     section_of,
     tokenizer,
     trained,
+    types_of_products,
 )
 from walkthrough_tools import PAIRS as ROWS
 
@@ -524,6 +525,16 @@ def test_liger_gets_beta_and_the_loss_type_only(build, monkeypatch):
     plain = build()
     loss_of(plain, batch_of(plain, range(2)))
     assert set(plain._metrics["eval"]) - set(again._metrics["eval"]) == {"entropy", "mean_token_accuracy"}
+
+    # bf16 is a wrapper around the model's forward, which the fused loss goes around
+    assert types_of_products(build(bf16=True)) == {torch.bfloat16}
+    trainer = build(bf16=True)
+    trainer.args.use_liger_kernel = True
+    again = DPOTrainer(
+        model=trainer.model, args=trainer.args, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer()
+    )
+    again.args.use_liger_kernel = False
+    assert again.use_liger_kernel and types_of_products(again) == {torch.float32}
 
 
 # ------------------------------------------------------------------------------------------------------- the neighbours

@@ -49,6 +49,7 @@ from walkthrough_tools import (
     save,
     tokenizer,
     trained,
+    types_of_products,
 )
 
 PAGE = PAGES / "gkd.md"
@@ -918,6 +919,13 @@ def test_liger_computes_the_same_loss_and_divides_it_the_same_way(liger, beta):
         trainer.use_liger_gkd_loss = False
         assert fused == pytest.approx(loss_of(trainer, batch, num_items_in_batch=n), rel=1e-5)
         trainer.use_liger_gkd_loss = True
+
+
+def test_liger_goes_around_bf16(make, liger):
+    assert types_of_products(make(bf16=True, lmbda=0.0)) == {torch.bfloat16}
+    trainer = liger(bf16=True, lmbda=0.0)
+    trainer.args.use_liger_kernel = False
+    assert trainer.use_liger_gkd_loss and types_of_products(trainer) == {torch.float32}
 
 
 def test_liger_keeps_the_beta_that_it_was_built_with(liger):

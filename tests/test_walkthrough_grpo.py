@@ -50,6 +50,7 @@ from walkthrough_tools import (
     section_of,
     trained,
     trl_loss,
+    types_of_products,
 )
 from walkthrough_tools import SUMS as ROWS
 
@@ -860,6 +861,20 @@ def test_the_page_lists_exactly_the_keys_that_runs_log(build, tmp_path):
     elsewhere |= {f"sampling/importance_sampling_ratio/{name}" for name in ("mean", "max")}
     assert set(listed()) == logged | elsewhere
     assert logged & elsewhere == set()
+
+
+def test_liger_goes_around_bf16(build):
+    """Its loss takes the place of the model's forward for one call, and with it that of the wrapper that is bf16."""
+    from trl.models.utils import _ForwardRedirection
+
+    def kernel(_input, lin_weight, **others):
+        return (_input @ lin_weight.T).mean(), [torch.zeros(())]
+
+    assert types_of_products(build(bf16=True)) == {torch.bfloat16}
+    trainer = build(bf16=True)
+    trainer.use_liger_kernel, trainer.liger_loss = True, kernel  # as a setting it would need the real kernel
+    trainer._forward_redirection = _ForwardRedirection()
+    assert types_of_products(trainer) == {torch.float32}
 
 
 def test_the_keys_that_need_tools_vllm_or_liger_stand_in_the_source():

@@ -46,6 +46,7 @@ from walkthrough_tools import (
     section_of,
     tokenizer,
     trained,
+    types_of_products,
 )
 from walkthrough_tools import LABELLED as ROWS
 from walkthrough_tools import labelled as row
@@ -783,6 +784,13 @@ def test_liger_leaves_out_the_entropy_and_sums_the_logits(liger):
     with torch.no_grad():
         logits = trainer.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     assert fused["logits/chosen"] == pytest.approx(float(logits[batch["label"]].sum()) / 2, rel=1e-3)
+
+
+def test_liger_goes_around_bf16(make, liger):
+    assert types_of_products(make(bf16=True)) == {torch.bfloat16}
+    trainer = liger(bf16=True)
+    trainer.args.use_liger_kernel = False
+    assert trainer.use_liger_kernel and types_of_products(trainer) == {torch.float32}
 
 
 @pytest.mark.parametrize("settings", [{"loss_type": "apo_zero_unpaired"}, {"precompute_ref_log_probs": True}])

@@ -601,3 +601,18 @@ class Says:
         logits = next(self.logits)
         assert ids.shape == logits.shape[:2] == attention_mask.shape
         return SimpleNamespace(logits=logits)
+
+
+def types_of_products(trainer) -> set:
+    """Trains, and gives the types in which the first projection of the policy computed while there was a gradient."""
+    import torch
+
+    seen, place = set(), next(name for name, _ in trainer.model.named_modules() if name.endswith("q_proj"))
+
+    def note(module, arguments, output):
+        if torch.is_grad_enabled():
+            seen.add(output.dtype)
+
+    trainer.model.get_submodule(place).register_forward_hook(note)
+    trainer.train()
+    return seen

@@ -4,8 +4,12 @@
     python tools/gpu.py run       on the GPU: measures what is not measured yet; again, until it says that nothing is left
     python tools/gpu.py list      what is measured, and what is not
 
-A run starts no new job when its minutes (9) are over, and writes one JSON for each kind of GPU after every job:
-annotated_examples/expected/gpu/<name of the GPU>.json. A job is one script in one way:
+A run starts no new job when its minutes (9) are over, counted from the start of the command, and writes one JSON for each
+kind of GPU after every job: annotated_examples/expected/gpu/<name of the GPU>.json. A job that takes longer than LIMIT
+seconds is stopped (--limit gives it another time). Importing everything takes longer than many a job, so it is done once,
+and each job is a fork of that process; with --no-fork each job is a fresh process. What a job prints is in build/gpu/logs.
+
+A job is one script in one way:
 
     toy      the bare command
     ours     the settings of the script for real models (REAL), Qwen3-0.6B
@@ -16,14 +20,20 @@ annotated_examples/expected/gpu/<name of the GPU>.json. A job is one script in o
 Models. The architectures are Qwen3's, the weights random: they cost the same time and memory as trained ones. The words
 of the tokenizer are made up, one token each. The teacher (GKD) is Qwen3-1.7B, the reward model Qwen3-0.6B.
 
-Rows. Made up too, of random length (LENGTHS), the same in every way. Every sampled answer has exactly the longest
-length that the settings allow: the end token cannot be drawn before the last place, and is set there. GKD samples for
-every batch (lmbda 1; by default a coin decides). PPO does not print samples. Nash-MD takes 8 rows for a step.
+Rows. Made up too, of random length (LENGTHS), the same in every way. GKD samples for every batch (lmbda 1; by default a
+coin decides). PPO does not print samples.
 
-Time. The first steps of a job (STEPS) warm up and count for nothing. Then come those that give the seconds of a step:
-the clock is read between two steps, after the GPU has finished. The last ones give the shares of the phases, and are
-not used for anything else, because here the GPU is waited for at each change of phase, which costs time. A phase begins
-with
+Sampled answers. All of a trainer's have one length: the end token cannot be drawn before the last place, and is set there.
+To save time they are shorter than the settings allow, and some trainers take fewer prompts for a step: 128 tokens for GRPO
+and RLOO (ANSWERS), 64 for the others, 16 prompts (PROMPTS), 8 for Nash-MD, which samples without a cache. This is so in
+every way but toy, so two ways still do the same work. The rows at once stay those of the way, as far as the step has so
+many. Each record says what was shortened.
+
+Time. The first steps of a job (STEPS) warm up and count for nothing. Then come those that give the seconds of a step: the
+clock is read between two steps, after the GPU has finished. With three of them, the median counts; the record holds all.
+Tokens in a second are those of an average timed step, divided by that median. The last step gives the shares of the
+phases, and is not used for anything else, because here the GPU is waited for at each change of phase, which costs time. A
+phase begins with
 
     generation   a call of generate; it ends with that call
     scoring      a forward pass without gradient: reference, reward model, teacher, value model while it samples
@@ -57,6 +67,8 @@ twice: checkpointing, or sampling without a cache.
 
 import argparse
 import ast
+import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -66,16 +78,19 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
 import traceback
+import warnings
 import zipfile
 from collections import Counter
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,9 +100,9 @@ MEASURED, WHEELS, SITE = EXAMPLES / "expected" / "gpu", BUILD / "wheels", BUILD 
 
 # ------------------------------------------------------------------------------------------------------- what is measured
 
-ORDER = (  # the most read ones first
-    *("sft", "dpo", "grpo", "reward", "kto", "rloo", "ppo"),
-    *("orpo", "cpo", "bco", "gkd", "online_dpo", "nash_md", "xpo", "prm"),
+ORDER = (  # those that do not sample first: they take the least time
+    *("sft", "dpo", "reward", "kto", "orpo", "cpo", "bco", "prm"),
+    *("ppo", "grpo", "rloo", "gkd", "online_dpo", "xpo", "nash_md"),
 )
 SAMPLING = {"grpo", "rloo", "ppo", "gkd", "online_dpo", "nash_md", "xpo"}  # generate answers while they train
 WITH_REWARD_MODEL = {"ppo", "online_dpo", "nash_md", "xpo"}
@@ -103,7 +118,8 @@ LEVERS = {
     "precomputed reference": ({"precompute_ref_log_probs": True}, None, {"dpo", "kto", "bco"}),
     "flash attention": ({"attn_implementation": "flash_attention_2"}, "flash_attn", None),
     "key-value cache": ({"generation_kwargs": {"use_cache": True}}, None, {"online_dpo", "xpo"}),
-    "TF32": ({"tf32": True}, None, {"ppo"}),  # the others compute in bfloat16
+    # PPO's models and the reward models of XPO and Nash-MD compute in float32; all else does in bfloat16
+    "TF32": ({"tf32": True}, None, {"ppo", "xpo", "nash_md"}),
     "vLLM": (
         {"use_vllm": True, "vllm_mode": "colocate", "generation_kwargs": {"ignore_eos": True}},
         "vllm",
@@ -115,6 +131,15 @@ LEVERS = {
     "whole batch at once": ({}, None, None),  # no accumulation steps
     "eager attention": ({"attn_implementation": "eager"}, None, None),  # the default is better: what SDPA gives
     "optimizer not fused": ({"optim": "adamw_torch"}, None, None),  # and the fused one
+}
+
+# Further flags of a lever with some trainers. TRL 1.12 computes these four Liger losses outside of accelerate's autocast,
+# in float32. And Liger's fused cross entropy looks for lm_head, which a model that gives scores does not have.
+LEVERS_WITH = {
+    "Liger kernels": {
+        **{name: {"tf32": True} for name in ("dpo", "kto", "grpo", "gkd")},
+        **{name: {"liger_kernel_config": {"fused_linear_cross_entropy": False}} for name in ("reward", "prm")},
+    }
 }
 
 # What a user who writes no settings gets from TRL; everything else in REAL belongs to the method and stays
@@ -152,10 +177,15 @@ LENGTHS = {
     "grpo": ((64, 192), (0, 0)),
     "rloo": ((64, 192), (0, 0)),
 }
-ROWS = 1024
-STEPS = {"training": (2, 4, 2), "sampling": (1, 2, 1), "slow": (1, 1, 1)}  # warm-up, timed, split into phases
-SLOW = {"nash_md": 8}  # samples without a cache, in small batches: so many rows for a step, and fewer steps
-LIMIT = 480  # seconds for one job
+ROWS = 384  # six steps of 64
+STEPS = {"training": (2, 3, 1), "sampling": (1, 1, 1)}  # warm-up, timed, split into phases
+ANSWERS = {  # tokens of each sampled answer
+    **dict.fromkeys(("grpo", "rloo"), 128),
+    **dict.fromkeys(("ppo", "gkd", "online_dpo", "xpo", "nash_md"), 64),
+}
+ANSWER_FLAGS = ("max_completion_length", "response_length", "max_new_tokens")  # each config has one of them
+PROMPTS = {"ppo": 16, "gkd": 16, "online_dpo": 16, "xpo": 16, "nash_md": 8}  # at most so many for a step
+PROBE, LIMIT, LEAST = 300, 75, 25  # seconds: to look at the GPU, for one job, and that a job is started for
 
 # hidden size, layers, heads, key-value heads, width of a head, of the MLP, tied embeddings, vocabulary: as published
 SIZES = {
@@ -527,9 +557,7 @@ def mfu(flops_per_second: float, gpu: str | None) -> float | None:
 
 def steps_of(job: dict, size: str) -> tuple[int, int, int]:
     """How many steps warm up, are timed, and are split into phases."""
-    if size == "tiny" or job["name"] in SLOW:
-        return STEPS["slow"]
-    return STEPS["sampling" if job["name"] in SAMPLING else "training"]
+    return STEPS["sampling" if size == "tiny" or job["name"] in SAMPLING else "training"]
 
 
 def load(name: str):
@@ -541,6 +569,18 @@ def load(name: str):
     return module
 
 
+def rows_of_a_step(settings: dict) -> int:
+    """8 and 1 are TRL's defaults."""
+    return settings.get("per_device_train_batch_size", 8) * settings.get("gradient_accumulation_steps", 1)
+
+
+def shortened(real: dict, now: dict) -> dict[str, list[int]]:
+    """What is smaller than in the script's own settings, with both numbers: {"answers": [64, 256]}."""
+    pairs = [("rows", [rows_of_a_step(now), rows_of_a_step(real)])]
+    pairs += [("answers", [now[flag], real[flag]]) for flag in ANSWER_FLAGS if flag in real]
+    return {what: pair for what, pair in pairs if pair[0] < pair[1]}
+
+
 def change_settings(job: dict, script, size: str, folder: Path) -> dict:
     """Puts the settings of a job in the place of the script's REAL -> those that differ from it.
 
@@ -549,7 +589,9 @@ def change_settings(job: dict, script, size: str, folder: Path) -> dict:
     import torch
 
     at_once = script.REAL.get("per_device_train_batch_size", 8)
-    batch = SLOW.get(job["name"], at_once * script.REAL.get("gradient_accumulation_steps", 1))
+    batch = rows_of_a_step(script.REAL)
+    batch = min(batch, PROMPTS.get(job["name"], batch))
+    known = {field.name for kind in script.FLAGS for field in fields(kind)}
     new = {flag: str(BUILD / "models" / f"{made}-{kind}") for flag, (made, kind) in models(job, size).items()}
     new |= {"dataset_name": str(rows_folder(job, size)), "output_dir": str(folder / "output")}
     new |= {"max_steps": sum(steps_of(job, size)), "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
@@ -559,20 +601,19 @@ def change_settings(job: dict, script, size: str, folder: Path) -> dict:
     if job["way"] == "plain":
         kept = {name for name in script.REAL if name not in SPEED} | KEPT.get(job["name"], set())
         script.REAL = {name: value for name, value in script.REAL.items() if name in kept}
-        at_once = min(batch, (job.get("batch") or 8) * (2 if job["lever"] == "twice the rows at once" else 1))
+        at_once = (job.get("batch") or 8) * (2 if job["lever"] == "twice the rows at once" else 1)
         at_once = batch if job["lever"] == "whole batch at once" else at_once
         new |= PLAIN_FLAGS.get(job["name"], {})
-    if job["way"] == "plain" or job["name"] in SLOW:
-        new |= {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": batch // at_once}
+    at_once = next(count for count in range(min(at_once, batch), 0, -1) if batch % count == 0)
+    new |= {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": batch // at_once}
+    if job["name"] in SAMPLING:
+        new |= {flag: 8 if size == "tiny" else ANSWERS[job["name"]] for flag in ANSWER_FLAGS if flag in known}
     if job["way"] == "lora":
-        new |= {"use_peft": True, "lora_target_modules": ADAPTED, "dtype": "bfloat16"}
+        new |= {"use_peft": True, "lora_target_modules": ADAPTED, "dtype": "bfloat16", "gradient_checkpointing": True}
     if job["lever"]:
-        new |= LEVERS[job["lever"]][0]
+        new |= LEVERS[job["lever"]][0] | LEVERS_WITH.get(job["lever"], {}).get(job["name"], {})
         if job["lever"] == "no checkpointing":  # then TRL samples with a cache
             new.pop("generation_kwargs", None)
-    known = {field.name for kind in script.FLAGS for field in fields(kind)}
-    if size == "tiny" and job["name"] in SAMPLING:
-        new |= {name: 8 for name in ("max_completion_length", "response_length", "max_new_tokens") if name in known}
     if not torch.cuda.is_available() and "bf16" not in script.REAL:
         new["bf16"] = False
     if set(new) - known:
@@ -632,6 +673,7 @@ def measure(job: dict, size: str) -> dict:
             sys.argv = [f"{job['name']}.py", "--output_dir", f"{folder}/output"]
             script.main()
             return json.loads(Path(folder, "output", "held_out.json").read_text()) | memory()
+        real = script.REAL
         changed = change_settings(job, script, size, Path(folder))
         sys.argv = [f"{job['name']}.py", "--model_name_or_path", changed["model_name_or_path"]]
         script.build = watched_build
@@ -645,13 +687,16 @@ def measure(job: dict, size: str) -> dict:
     if len(marks) != sum(steps):
         raise RuntimeError(f"{sum(steps)} steps were asked for, and the trainer has made {len(marks)}")
     first, last, end = marks[warm_up - 1], marks[warm_up + timed - 1], marks[-1]
-    seconds = last["time"] - first["time"]
-    per_second = {name: (last[name] - first[name]) / seconds for name in ("tokens", "generated", "flops")}
+    times = [mark["time"] for mark in marks[warm_up - 1 : warm_up + timed]]
+    each = [after - before for before, after in pairwise(times)]
+    seconds = statistics.median(each)
+    per_second = {name: (last[name] - first[name]) / timed / seconds for name in ("tokens", "generated", "flops")}
     whole = sum(end["phases"].values())
     log = [row for row in trainers[0].state.log_history if "train_runtime" not in row]
     args = trainers[0].args
     return {
-        "seconds_per_step": seconds / timed,
+        "seconds_per_step": seconds,
+        "seconds_of_each_timed_step": each,
         "tokens_per_second": per_second["tokens"],
         "generated_per_second": per_second["generated"],
         "flops_per_second": per_second["flops"],
@@ -661,6 +706,7 @@ def measure(job: dict, size: str) -> dict:
         "seconds_before_the_second_step": marks[0]["time"] - begun,
         "batch": args.per_device_train_batch_size,
         "accumulation": args.gradient_accumulation_steps,
+        "shortened": shortened(real, script.REAL),
         "curves": {name: [row[name] for row in log if name in row] for name in CURVES if any(name in r for r in log)},
         "changed": {name: value for name, value in changed.items() if "/" not in str(value)},
     } | memory()
@@ -681,7 +727,8 @@ def attempt(function, job: dict, size: str) -> dict:
     except (Exception, SystemExit) as error:
         import torch
 
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+        words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+        if isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words):
             return {"status": "out of memory"} | memory()
         traceback.print_exc()
         lines = str(error).strip().splitlines() or [""]
@@ -691,29 +738,105 @@ def attempt(function, job: dict, size: str) -> dict:
 # ------------------------------------------------------------------------------------------------------------ all jobs
 
 
+IMPORTED = False  # whether import_once() has run; then a job is a fork of this process
+
+
+def environment() -> dict[str, str]:
+    """What every process of a run has in its environment."""
+    return os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(BUILD / "cache"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(SITE), os.environ.get("PYTHONPATH")))),
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],  # one GPU
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # is_available() then asks the driver's library and starts no CUDA
+    }
+
+
+def import_once(names: list[str]) -> None:
+    """Imports what these scripts import, but runs none of their lines: some of those ask CUDA what it can do.
+
+    CUDA does not survive a fork, so nothing in this process may start it.
+    """
+    global IMPORTED
+    os.environ.update(environment())
+    import torch
+    from accelerate.optimizer import AcceleratedOptimizer  # noqa: F401 - what measure() asks for
+    from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
+
+    for name in names:
+        tree = ast.parse((EXAMPLES / f"{name}.py").read_text())
+        tree.body = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        with contextlib.suppress(ImportError):  # its job will say so
+            exec(compile(tree, f"the imports of {name}.py", "exec"), {})
+    assert not torch.cuda.is_initialized(), "an import has started CUDA, so jobs cannot be forks: use --no-fork"
+    # Threads of numpy's and pyarrow's libraries; both put themselves in order in a fork
+    warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
+    IMPORTED = True
+
+
 def child(arguments: list[str], limit: float, log) -> int | None:
-    """Runs this file in a process of its own; its exit status, or None if it had to be stopped at the limit."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(BUILD / "cache")}
-    environment |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # one GPU
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(SITE), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, str(Path(__file__).resolve()), *arguments]
-    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    """Runs answer() in a process of its own; its exit status, or None if it had to be stopped at the limit."""
+    sys.stdout.flush()  # else the fork has the text too
+    parent, deadline, ended = os.getpid(), time.monotonic() + limit, None
+    pid = os.fork()
+    if pid == 0:
+        become_child(arguments, log, parent)
+    with contextlib.suppress(OSError):  # the child does it too: who comes first is open, and both need it
+        os.setpgid(pid, pid)
     try:
-        return process.wait(limit)
-    except subprocess.TimeoutExpired:
-        return None
+        while ended is None and time.monotonic() < deadline:
+            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            time.sleep(0 if ended else 0.05)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        os.killpg(pid, signal.SIGKILL)  # with whatever it has started
+        _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status) if ended else None
+
+
+def become_child(arguments: list[str], log, parent: int) -> None:
+    """What a fork does, from its first line to its end; without the imports it becomes a fresh process of this file."""
+    status = 1
+    try:
+        die_with(parent)
+        os.setpgid(0, 0)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
+        if not IMPORTED:
+            os.execve(sys.executable, [sys.executable, str(Path(__file__).resolve()), *arguments], environment())
+        answer(*arguments)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)  # nothing of the parent is cleaned up here
+
+
+def die_with(parent: int) -> None:
+    """From here on the kernel kills this process when its parent ends, however it ends: no job stays on the GPU alone."""
+    PR_SET_PDEATHSIG = 1  # it outlasts execve
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended before
+        os._exit(1)
+
+
+def log_of(job: dict, command: str = "job") -> Path:
+    """dpo-plain-packing.log: letters, digits and dashes, which any tool can carry."""
+    return BUILD / "logs" / f"{slug(key(job) if job else command)}.log"
+
+
+def last_lines(file: Path, count: int) -> str:
+    lines = file.read_text(errors="replace").rstrip().splitlines() if file.is_file() else []
+    return "".join(f"    | {line[:300]}\n" for line in lines[-count:])
 
 
 def ask(command: str, job: dict, size: str, limit: float) -> dict | None:
     """The answer of a child, "error" if it died without one, or None if it had to be stopped."""
-    BUILD.mkdir(parents=True, exist_ok=True)
-    log_file = BUILD / "logs" / f"{key(job) if job else command}.log"
-    log_file.parent.mkdir(exist_ok=True)
+    log_file = log_of(job, command)
+    log_file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, log_file.open("w") as log:
         reply = Path(folder) / "reply.json"
         status = child([command, json.dumps(job), size, str(reply)], limit, log)
@@ -721,12 +844,13 @@ def ask(command: str, job: dict, size: str, limit: float) -> dict | None:
             return json.loads(reply.read_text())
     if status is None:
         return None
-    last = (log_file.read_text().strip().splitlines() or [""])[-1][:300]
+    last = (log_file.read_text(errors="replace").strip().splitlines() or [""])[-1][:300]
     return {"status": "error", "error": f"the process ended with {status}: {last}"}
 
 
-def answer(command: str, job: dict, size: str, file: Path) -> None:
-    """What a child does."""
+def answer(command: str, job: str, size: str, file: str) -> None:
+    """What a child does: the job comes as JSON, and what comes of it goes into the file."""
+    job, file = json.loads(job), Path(file)
     found = probe() if command == "probe" else attempt({"prepare": prepare, "job": measure}[command], job, size)
     unfinished = file.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(found))
@@ -771,21 +895,23 @@ def missing_package(job: dict) -> str | None:
     return package if package and importlib.util.find_spec(package) is None else None
 
 
-def run(todo: list[dict], size: str, file: Path, header: dict, minutes: float, again: bool, also: Path | None) -> list:
+def run(
+    todo: list[dict], size: str, file: Path, header: dict, deadline: float, again=False, also=(), longest=LIMIT
+) -> list[dict]:
     """Runs the jobs that are not done, and writes the file after each; the jobs that are left when the time is over."""
-    deadline = time.monotonic() + 60 * minutes
-    result = json.loads(file.read_text()) if file.is_file() else {**header, "jobs": {}}
+    earlier = left_by_earlier_run(file, also)
+    result = json.loads(earlier.read_text()) if earlier else {**header, "jobs": {}}
     changed = {name: (result.get(name), now) for name, now in header.items() if result.get(name) != now}
     if changed:
         raise SystemExit(
-            f"{file} was measured with another state of {', '.join(changed)} (then, now): {changed}. Delete it to measure "
-            "everything again"
+            f"{earlier} was measured with another state of {', '.join(changed)} (then, now): {changed}. Delete it to "
+            "measure everything again"
         )
-    records, least = result["jobs"], 0 if size == "tiny" else 60
+    records, least = result["jobs"], 0 if size == "tiny" else LEAST
     left = [job for job in todo if not is_done(records.get(key(job)), job, again)]
     many = len(left)
     while left:
-        job, limit, too_large = left[0], min(LIMIT, deadline - time.monotonic()), []
+        job, limit, too_large = left[0], min(longest, deadline - time.monotonic()), []
         if limit <= least:
             break
         if job["way"] == "plain" and job["lever"]:  # as many rows at once as fitted without the lever
@@ -799,15 +925,24 @@ def run(todo: list[dict], size: str, file: Path, header: dict, minutes: float, a
                 if too_large[-1] == 1:
                     break
                 job = job | {"batch": too_large[-1] // 2}  # as its user would: half of the rows at once
-                record = run_job(job, size, min(LIMIT, deadline - time.monotonic()))
-        if record is None and limit < LIMIT and len(left) < many:
+                limit = min(longest, deadline - time.monotonic())
+                record = run_job(job, size, limit)
+        if record is None and limit < longest and len(left) < many:
             break  # the slice has ended; the next one begins with this job and gives it all its time
         record = {"digest": job["digest"], **(record or {"status": f"over {limit:.0f} s"})}
         records[key(job)] = record | ({"out_of_memory_at": too_large} if too_large else {})
         left.pop(0)
         write(file, result, also)
         print(f"{key(job)}: {summary(record)}", flush=True)
+        if record["status"].startswith(("error", "over")):
+            print(last_lines(log_of(job), 15), end="", flush=True)
     return left
+
+
+def left_by_earlier_run(file: Path, also) -> Path | None:
+    """The JSON that this run goes on with: the one in its place, or else the newest copy in the other folders."""
+    copies = [folder / file.name for folder in also if (folder / file.name).is_file()]
+    return file if file.is_file() else max(copies, key=lambda copy: copy.stat().st_mtime, default=None)
 
 
 def summary(record: dict) -> str:
@@ -818,15 +953,15 @@ def summary(record: dict) -> str:
     return f"{record['seconds_per_step']:.2f} s a step, {record['tokens_per_second']:,.0f} tokens/s"
 
 
-def write(file: Path, result: dict, also: Path | None) -> None:
+def write(file: Path, result: dict, also=()) -> None:
     """Puts the whole file into its place, so that it is never half written."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(result, indent=1) + "\n")
     unfinished.replace(file)
-    if also:
-        also.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, also)
+    for folder in also:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder)
 
 
 def slug(gpu: str) -> str:
@@ -836,8 +971,14 @@ def slug(gpu: str) -> str:
 
 def how_measured(size: str) -> dict:
     """What figures have to share if they are to stand side by side."""
-    rows = {name: list(map(list, LENGTHS[name])) for name in ORDER}
-    return {"rows": rows, "steps": {name: list(STEPS[name]) for name in ("training", "sampling")}, "size": size}
+    return {
+        "size": size,
+        "rows": {name: list(map(list, LENGTHS[name])) for name in ORDER},
+        "number of rows": ROWS,
+        "steps": {name: list(steps) for name, steps in STEPS.items()},
+        "tokens of a sampled answer": ANSWERS,
+        "prompts of a step, at most": PROMPTS,
+    }
 
 
 # ------------------------------------------------------------------------------------ packages for a machine without network
@@ -895,9 +1036,9 @@ def unpack() -> None:
 
 
 def main() -> None:
+    started = time.monotonic()
     if sys.argv[1:2] in (["probe"], ["prepare"], ["job"]):  # a child
-        command, job, size, file = sys.argv[1:]
-        return answer(command, json.loads(job), size, Path(file))
+        return answer(*sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack", help="download the packages for a machine without network")
@@ -905,11 +1046,14 @@ def main() -> None:
     packing.add_argument("--with", dest="more", nargs="+", default=[], help="further packages: pyarrow pandas")
     packing.add_argument("--room", type=int, default=64, help="MiB for the repository and the packages")
     running = commands.add_parser("run", help="measure what is not measured yet")
-    running.add_argument("--minutes", type=float, default=9, help="start no job after this time")
+    running.add_argument("--minutes", type=float, default=9, help="start no job after this time, loading included")
+    running.add_argument("--limit", type=float, default=LIMIT, help="seconds after which a job is stopped")
     running.add_argument("--only", nargs="+", choices=ORDER, default=None, help="these trainers")
     running.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="these ways")
     running.add_argument("--again", action="store_true", help="try again what has failed")
-    running.add_argument("--also", type=Path, help="copy the JSON to this folder after each job")
+    folders = "copy the JSON to these folders after each job; a run without a JSON goes on with the newest of them"
+    running.add_argument("--also", type=Path, nargs="+", default=[], help=folders)
+    running.add_argument("--no-fork", action="store_true", help="each job in a fresh process, which imports everything")
     running.add_argument("--tiny", type=Path, help=argparse.SUPPRESS)  # the tests: a tiny model, results in this folder
     commands.add_parser("list", help="what is measured")
     arguments = parser.parse_args()
@@ -919,9 +1063,13 @@ def main() -> None:
         return show()
     unpack()
     size = "tiny" if arguments.tiny else "real"
-    machine = ask("probe", {}, size, 120)
+    names = [name for name in scripts() if arguments.only is None or name in arguments.only]
+    if not arguments.no_fork:
+        import_once(names)
+    machine = ask("probe", {}, size, PROBE)
     if not machine or "error" in machine:
-        raise SystemExit(f"torch, datasets and trl cannot be loaded here: {machine and machine['error']}")
+        print(last_lines(log_of({}, "probe"), 15), end="")
+        raise SystemExit(f"the GPU cannot be asked: {machine['error'] if machine else f'no answer in {PROBE} s'}")
     if not machine["gpu"] and not arguments.tiny:
         raise SystemExit("PyTorch finds no NVIDIA GPU here: nothing can be measured")
     machine["gpu"] = machine["gpu"] or "none"
@@ -929,8 +1077,9 @@ def main() -> None:
     python = ".".join(map(str, sys.version_info[:3]))
     header = machine | {"python": python, "versions": versions, "how": how_measured(size)}
     file = (arguments.tiny or MEASURED) / f"{slug(machine['gpu'])}.json"
-    names = [name for name in scripts() if arguments.only is None or name in arguments.only]
-    left = run(jobs(names, arguments.ways), size, file, header, arguments.minutes, arguments.again, arguments.also)
+    deadline = started + 60 * arguments.minutes
+    todo = jobs(names, arguments.ways)
+    left = run(todo, size, file, header, deadline, arguments.again, arguments.also, arguments.limit)
     print(f"{len(left)} jobs are left" + (": the same command goes on with them." if left else "."))
 
 

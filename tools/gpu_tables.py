@@ -59,6 +59,22 @@ def speed(result: dict, way: str) -> None:
     table(head, rows)
 
 
+def shortened(result: dict, way: str) -> None:
+    """A sentence for each group of trainers whose answers or steps were shortened alike."""
+    groups = {}
+    for name in TRAINERS:
+        found = record(result, name, way).get("shortened", {})
+        if found:
+            groups.setdefault(json.dumps(found), []).append(f"`{name}`")
+    for found, names in groups.items():
+        found, parts = json.loads(found), []
+        if "answers" in found:
+            parts.append("answers of {} tokens; the settings allow {}".format(*found["answers"]))
+        if "rows" in found:
+            parts.append("{} rows a step; the settings take {}".format(*found["rows"]))
+        print(f"{', '.join(names)}: {'. '.join(part.capitalize() for part in parts)}.\n")
+
+
 def largest_difference(ours: dict, plain: dict) -> tuple[float | None, float | None]:
     """Over the steps: of the losses, and of the gradient norms as a share of their mean."""
     loss = "loss" if "loss" in ours["curves"] else "loss/value_avg"  # PPO logs two
@@ -94,7 +110,7 @@ def compared(result: dict) -> None:
         "ours",
         "rows at once: TRL's defaults",
     ]
-    head += ["ours", "losses differ by", "gradient norms by"]
+    head += ["ours", "gradient norms differ by", "losses by"]
     times, rows = ratios(result), []
     for name in TRAINERS:
         ours, plain = record(result, name, "ours"), record(result, name, "plain")
@@ -102,7 +118,7 @@ def compared(result: dict) -> None:
             loss, norm = largest_difference(ours, plain)
             cells = [f"{found['tokens_per_second']:,.0f}" for found in (plain, ours)] + [f"**{times[name]:.2f}**"]
             cells += [gigabytes(plain), gigabytes(ours), str(plain["batch"]), str(ours["batch"])]
-            cells += ["–" if loss is None else number(loss), "–" if norm is None else f"{100 * norm:.1f} %"]
+            cells += ["–" if norm is None else f"{100 * norm:.1f} %", "–" if loss is None else number(loss)]
         else:
             statuses = ["" if has_figures(found) else found["status"] for found in (plain, ours)]
             cells = statuses + [""] * (len(head) - 3)
@@ -111,6 +127,11 @@ def compared(result: dict) -> None:
     if times:
         mean = math.exp(sum(map(math.log, times.values())) / len(times))
         print(f"Geometric mean over {len(times)} of {len(TRAINERS)} trainers: **{mean:.2f}** times.\n")
+        print(
+            "The last two columns say whether both sides computed the same: the largest difference between two steps with the "
+            "same rows. Look at the gradient norms, as a share of their mean. The weights are random, so a loss is near log 2 "
+            "or near the logarithm of the vocabulary whatever the settings do, and equal losses prove little.\n"
+        )
 
 
 def levers(result: dict) -> None:
@@ -168,14 +189,19 @@ def everything(folder: Path = gpu.MEASURED, level: int = 2) -> None:
         measured_with(result)
         print(f"{mark}# These scripts' settings, Qwen3-0.6B")
         speed(result, "ours")
+        shortened(result, "ours")
         print(f"{mark}# Beside TRL's defaults")
         compared(result)
+        shortened(result, "plain")
         print(f"{mark}# What each lever gives")
         print(
-            "\nTokens in a second and memory as multiples of those with TRL's defaults; the lever is all that differs."
+            "\nTokens in a second and memory as multiples of those with TRL's defaults; the lever is all that differs. With "
+            "Liger, `dpo`, `kto`, `grpo` and `gkd` have `tf32` too, because TRL computes those losses in float32; `reward` and "
+            "`prm` do without its cross entropy, which their models cannot use."
         )
         levers(result)
         print(f"{mark}# Qwen3-8B with an adapter")
         speed(result, "lora")
+        shortened(result, "lora")
         print(f"{mark}# The toy run")
         toy(result)

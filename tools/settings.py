@@ -38,6 +38,7 @@ CHANGES = {
         "learning_rate=6e-5",
         "learning_rate=6e-4",
         "learning_rate=1e-3 new_learning_rate=0",
+        "system_message=",
         "new_layers=0 new_learning_rate=0",
         "system_message= new_layers=0 new_learning_rate=0",
     ),
@@ -56,6 +57,7 @@ CHANGES = {
     "prm": (
         "learning_rate=1e-4",
         "learning_rate=1e-3",
+        "prompt_prefix=",
         "new_layers=0 new_learning_rate=0",
         "prompt_prefix= new_layers=0 new_learning_rate=0",
     ),

@@ -233,3 +233,79 @@ def chain(name: str) -> None:
     print(
         f"\n`{result['command']}`, seeds {', '.join(map(str, result['seeds']))}, in this order; {made_with(result)}.\n"
     )
+
+
+def setting_of(script, name: str):
+    """What a toy run has for a setting: its own value, or the default of TRL's config."""
+    if name in script.TOY:
+        return script.TOY[name]
+    found = next(field for flags in script.FLAGS for field in fields(flags) if field.name == name)
+    return found.default
+
+
+def written(value) -> str:
+    """A setting as the scripts write it: 2e-4, 30, mark; `off` for none."""
+    if value in ("", None):
+        return "off"
+    return re.sub(r"e-0", "e-", f"{value:.0e}") if isinstance(value, float) and 0 < value < 0.01 else str(value)
+
+
+def spread(runs: list[dict], key: str | None = None) -> str:
+    """Mean and range over the seeds, of the first held-out figure or of `key`."""
+    values = [next(iter(run["held_out"].values())) if key is None else run[key] for run in runs]
+    return f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+ONE_RATE = re.compile(r"learning_rate=\S+")  # a change of expected/settings.json that is a learning rate and no more
+
+
+def learning_rates() -> None:
+    """The held-out figure on validation rows at three learning rates, from expected/settings.json."""
+    import compare
+
+    print("\n| script | figure | lower | as shipped | higher |\n| --- | --- | --- | --- | --- |")
+    for name, changes in measurement("settings")["runs"].items():
+        rates = {float(change.partition("=")[2]): change for change in changes if ONE_RATE.fullmatch(change)}
+        rates[setting_of(compare.load(name), "learning_rate")] = ""
+        cells = [f"`{written(rate)}`: {spread(changes[rates[rate]])}" for rate in sorted(rates)]
+        figure = next(iter(changes[""][0]["held_out"]))
+        print(f"| [{name}.py]({name}.py) | {figure} | " + " | ".join(cells) + " |")
+    print()
+
+
+def change_in_words(script, change: str) -> str:
+    """`beta` 1.0 → 0.1, from "beta=0.1"."""
+    parts = [part.partition("=") for part in change.split()]
+    return ", ".join(f"`{name}` {written(setting_of(script, name))} → {new or 'off'}" for name, _, new in parts)
+
+
+def other_changes() -> None:
+    """What every other change gave on validation rows, from expected/settings.json."""
+    import compare
+
+    print("\n| script | changed | as shipped | with the change | fooled |\n| --- | --- | --- | --- | --- |")
+    for name, changes in measurement("settings")["runs"].items():
+        script = compare.load(name)
+        for change, runs in changes.items():
+            if not change or ONE_RATE.fullmatch(change):
+                continue
+            fooled = "-"
+            if "fooled" in runs[0]:
+                fooled = " → ".join(
+                    f"{sum(run['fooled'] for run in some) / len(some):.3f}" for some in (changes[""], runs)
+                )
+            cells = [
+                f"[{name}.py]({name}.py)",
+                change_in_words(script, change),
+                spread(changes[""]),
+                spread(runs),
+                fooled,
+            ]
+            print("| " + " | ".join(cells) + " |")
+    print()
+
+
+def settings_with() -> None:
+    """One line: the command, the seeds, the versions and the machine of that measurement."""
+    result = measurement("settings")
+    print(f"\n`{result['command']}`, seeds {', '.join(map(str, result['seeds']))}; {made_with(result)}.\n")
