@@ -14,7 +14,7 @@ A job is one script in one way:
     toy      the bare command
     ours     the settings of the script for real models (REAL), Qwen3-0.6B
     plain    the same model, rows, batch of a step and method, with TRL's defaults for all that decides memory and speed
-    lora     ours with --use_peft, Qwen3-8B in bfloat16
+    lora     ours with --use_peft and checkpointing, Qwen3-8B in bfloat16
     plain + a lever    plain with one of LEVERS
 
 Models. The architectures are Qwen3's, the weights random: they cost the same time and memory as trained ones. The words

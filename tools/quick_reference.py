@@ -156,7 +156,8 @@ def on_a_gpu(name: str) -> str:
     for path in sorted(gpu.MEASURED.glob("*.json")):
         job = gpu_tables.record(json.loads(path.read_text()), name, "ours")
         if gpu_tables.has_figures(job):
-            found.append(f"{path.stem}: {gpu_tables.gigabytes(job)} GB, {job['seconds_per_step']:.2f} s a step")
+            how = " (with shorter answers)" if "answers" in job.get("shortened", {}) else ""
+            found.append(f"{path.stem}: {gpu_tables.gigabytes(job)} GB, {job['seconds_per_step']:.2f} s a step{how}")
     return "; ".join(found) or gpu_tables.NOT_MEASURED
 
 
