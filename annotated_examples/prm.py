@@ -490,9 +490,7 @@ def load_split(dataset, split: str):
         value, table = first[name], getattr(dataset[split], "data", None)  # a stream has no table
         if value is None or (table and table.column(name).null_count):
             row = table.column(name).is_null().index(True).as_py() if table else 0
-            stop(
-                f"row {row} of the split {split!r} has nothing in the column {name!r}: leave such rows out, or fill them"
-            )
+            stop(f"row {row} of the split {split!r} has None in the column {name!r}: leave such rows out, or fill them")
         if isinstance(value, str) and value.lstrip().startswith("[{"):
             stop(f"the column {name!r} holds messages as one text: read them with json.loads, save them as JSON Lines")
         keys = set(value[0]) if isinstance(value, list) and value and isinstance(value[0], dict) else None

@@ -177,7 +177,7 @@ class TestDPO(Example):
             ),
             (
                 {"prompt": PROMPT, "chosen": None, "rejected": WRONG},
-                "row 1 of the split 'train' has nothing in the column",
+                "row 1 of the split 'train' has None in the column",
             ),
             (
                 {"prompt": [{"from": "human", "value": PROMPT}], "chosen": ASSISTANT, "rejected": ASSISTANT},

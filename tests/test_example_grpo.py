@@ -226,7 +226,7 @@ class TestGRPO(Example):
         (folder / "chat_template.jinja").unlink()
         flags = [*real([{"prompt": USER, "answer": "19"}] * 8), "--reward_model_name_or_path", folder]
         assert "the reward model's tokenizer has no chat template" in refused(*flags)
-        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/model"}')
+        (folder / "adapter_config.json").write_text('{"task_type": "SEQ_CLS"}')
         assert "peft.AutoPeftModelForSequenceClassification" in refused(*flags)
 
     def test_held_out_rows_without_an_answer_cost_no_model(self, call, real, tmp_path):

@@ -254,9 +254,10 @@ class TestReward(Example):
         assert losses(tmp_path / "outputs" / "reward-qwen3")[1] > 2
 
     def test_an_adapter_is_to_be_merged_as_what_it_is(self, real, refused, own_model):
+        flags = real(model=own_model)
         for task, kind in (("SEQ_CLS", "SequenceClassification"), ("TOKEN_CLS", "TokenClassification")):
             (own_model / "adapter_config.json").write_text(json.dumps({"task_type": task}))
-            assert f"peft.AutoPeftModelFor{kind}.from_pretrained" in refused(*real(model=own_model))
+            assert f"peft.AutoPeftModelFor{kind}.from_pretrained" in refused(*flags)
 
     def test_pairs_without_a_prompt_are_data_for_a_reward_model(self, call, real, tmp_path):
         call(*real([{"chosen": "Good.", "rejected": "Bad.", "question": PROMPT}] * 8))

@@ -33,35 +33,28 @@ SEEDS = (1, 2, 3)
 AS_SHIPPED = ""
 # script -> what is changed in it, one run each; an empty text or 0 turns a setting off
 CHANGES = {
-    "sft": ("learning_rate=1e-4", "learning_rate=1e-3"),
+    "sft": ("learning_rate=1e-3",),
     "reward": (
-        "learning_rate=6e-5",
-        "learning_rate=6e-4",
-        "learning_rate=1e-3 new_learning_rate=0",
         "system_message=",
         "new_layers=0 new_learning_rate=0",
         "system_message= new_layers=0 new_learning_rate=0",
+        "learning_rate=1e-3 new_learning_rate=0",
     ),
-    "dpo": ("learning_rate=3e-5", "learning_rate=3e-4", "beta=0.1"),
-    "kto": ("learning_rate=6e-5", "learning_rate=6e-4", "beta=0.1", "undesirable_weight=1"),
-    "orpo": ("learning_rate=1e-4", "learning_rate=1e-3", "beta=0.1"),
-    "cpo": ("learning_rate=6e-5", "learning_rate=6e-4", "cpo_alpha=0", "cpo_alpha=1"),
-    "bco": ("learning_rate=6e-5", "learning_rate=6e-4", "beta=0.1"),
-    "ppo": ("learning_rate=3e-5", "learning_rate=3e-4", "kl_coef=0.05", "cliprange_value=0.2", "temperature=0.7"),
-    "grpo": ("learning_rate=1e-4", "learning_rate=1e-3", "num_generations=2"),
-    "rloo": ("learning_rate=1e-4", "learning_rate=1e-3"),
-    "online_dpo": ("learning_rate=1e-4", "learning_rate=1e-3", "beta=0.1"),
-    "nash_md": ("learning_rate=1e-4", "learning_rate=1e-3", "temperature=0.7"),
-    "gkd": ("learning_rate=1e-4", "learning_rate=1e-3", "temperature=0.9", "lmbda=0", "lmbda=1"),
-    "xpo": ("learning_rate=1e-4", "learning_rate=1e-3", "beta=0.1"),
-    "prm": (
-        "learning_rate=1e-4",
-        "learning_rate=1e-3",
-        "prompt_prefix=",
-        "new_layers=0 new_learning_rate=0",
-        "prompt_prefix= new_layers=0 new_learning_rate=0",
-    ),
+    "dpo": ("beta=0.1",),
+    "kto": ("beta=0.1", "undesirable_weight=1"),
+    "orpo": ("beta=0.1",),
+    "cpo": ("cpo_alpha=0", "cpo_alpha=1"),
+    "bco": ("beta=0.1",),
+    "ppo": ("kl_coef=0.05", "cliprange_value=0.2", "temperature=0.7"),
+    "grpo": ("learning_rate=1e-3", "num_generations=2"),
+    "rloo": ("learning_rate=1e-4",),
+    "online_dpo": ("beta=0.1",),
+    "nash_md": ("temperature=0.7",),
+    "gkd": ("temperature=0.9", "lmbda=0", "lmbda=1"),
+    "xpo": ("beta=0.1",),
+    "prm": ("prompt_prefix=", "new_layers=0 new_learning_rate=0", "prompt_prefix= new_layers=0 new_learning_rate=0"),
 }
+PAIRED = ("dpo", "kto", "orpo", "cpo", "bco")  # they log what they do to the good answers and to the bad ones
 JUDGED = ("ppo", "online_dpo", "nash_md", "xpo")  # they learn from the shipped reward model
 
 
@@ -130,9 +123,9 @@ def run(name: str, change: str, seed: int, world: Path, *more: str) -> dict:
 
 
 def missing(names: list[str], result: dict) -> list[tuple[str, str]]:
-    """The (script, change) that have no figures yet: the shipped settings first, learning rates last."""
+    """The (script, change) that have no figures yet: the shipped settings first."""
     wanted = [(name, change) for name in names for change in (AS_SHIPPED, *CHANGES[name])]
-    wanted.sort(key=lambda one: (one[1] != AS_SHIPPED, one[1].startswith("learning_rate")))
+    wanted.sort(key=lambda one: one[1] != AS_SHIPPED)
     return [(name, change) for name, change in wanted if change not in result["runs"].get(name, {})]
 
 

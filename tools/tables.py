@@ -256,51 +256,35 @@ def spread(runs: list[dict], key: str | None = None) -> str:
     return f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-ONE_RATE = re.compile(r"learning_rate=\S+")  # a change of expected/settings.json that is a learning rate and no more
-
-
-def learning_rates() -> None:
-    """The held-out figure on validation rows at three learning rates, from expected/settings.json."""
-    import compare
-
-    print("\n| script | figure | lower | as shipped | higher |\n| --- | --- | --- | --- | --- |")
-    for name, changes in measurement("settings")["runs"].items():
-        rates = {float(change.partition("=")[2]): change for change in changes if ONE_RATE.fullmatch(change)}
-        rates[setting_of(compare.load(name), "learning_rate")] = ""
-        cells = [f"`{written(rate)}`: {spread(changes[rates[rate]])}" for rate in sorted(rates)]
-        figure = next(iter(changes[""][0]["held_out"]))
-        print(f"| [{name}.py]({name}.py) | {figure} | " + " | ".join(cells) + " |")
-    print()
-
-
 def change_in_words(script, change: str) -> str:
     """`beta` 1.0 → 0.1, from "beta=0.1"."""
     parts = [part.partition("=") for part in change.split()]
     return ", ".join(f"`{name}` {written(setting_of(script, name))} → {new or 'off'}" for name, _, new in parts)
 
 
-def other_changes() -> None:
-    """What every other change gave on validation rows, from expected/settings.json."""
+def settings_changed() -> None:
+    """What each change gave on validation rows, from expected/settings.json, and one thing that shows why."""
     import compare
+    import settings
 
-    print("\n| script | changed | as shipped | with the change | fooled |\n| --- | --- | --- | --- | --- |")
+    def mean(values) -> float:
+        values = list(values)
+        return sum(values) / len(values)
+
+    print("\n| script | changed | as shipped | with the change | also |\n| --- | --- | --- | --- | --- |")
     for name, changes in measurement("settings")["runs"].items():
-        script = compare.load(name)
+        script, shipped = compare.load(name), changes[""]
         for change, runs in changes.items():
-            if not change or ONE_RATE.fullmatch(change):
+            if not change:
                 continue
-            fooled = "-"
-            if "fooled" in runs[0]:
-                fooled = " → ".join(
-                    f"{sum(run['fooled'] for run in some) / len(some):.3f}" for some in (changes[""], runs)
-                )
-            cells = [
-                f"[{name}.py]({name}.py)",
-                change_in_words(script, change),
-                spread(changes[""]),
-                spread(runs),
-                fooled,
-            ]
+            also = "-"
+            if name in settings.JUDGED:
+                before, after = (mean(run["fooled"] for run in some) for some in (shipped, runs))
+                also = f"fooled {before:.3f} → {after:.3f}"
+            elif name in settings.PAIRED:
+                before, after = (mean(run["last"]["logps/chosen"] for run in some) for some in (shipped, runs))
+                also = f"`logps/chosen` {before:.2f} → {after:.2f}"
+            cells = [f"[{name}.py]({name}.py)", change_in_words(script, change), spread(shipped), spread(runs), also]
             print("| " + " | ".join(cells) + " |")
     print()
 
