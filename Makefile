@@ -7,7 +7,7 @@ GENERATED = $(shell git grep -l --untracked -F '[[[cog' -- '*.md')
 COG = $(PYTHON) -m cogapp -P -I tools --verbosity=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check site serve sync coverage drift parity releases bump toy expected compare formats memory hacking symptoms chain gpu environments environment
+.PHONY: help install test check site serve sync coverage drift parity releases bump toy expected compare settings formats memory hacking symptoms chain gpu environments environment
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -82,6 +82,9 @@ expected: environment ## run a script and write its measurements: make expected 
 
 compare: environment ## put all trainers side by side on the toy world: annotated_examples/expected/compare.json
 	$(PYTHON) tools/compare.py
+
+settings: environment ## change one toy setting at a time: annotated_examples/expected/settings.json
+	$(PYTHON) tools/settings.py
 
 formats: environment ## give every format of data to every trainer: annotated_examples/expected/formats.json
 	$(PYTHON) tools/formats.py

@@ -102,7 +102,7 @@ TOY = {
     "dataset_name": str(WORLD / "data" / "preference"),  # pairs sampled from this very policy
     "output_dir": "outputs/orpo-toy",
     "beta": 10.0,  # the policy has never had to write a problem, so at 0.1 the prompts in the first term give nearly all of
-    # the gradient, and right answers end near 0.9
+    # the gradient, and 0.87 of the answers end right (README.md, on validation rows)
     "learning_rate": 3e-4,
     "per_device_train_batch_size": 16,
     "max_steps": 60,

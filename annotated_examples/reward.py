@@ -110,13 +110,13 @@ TOY = {
     "model_name_or_path": str(WORLD / "policy"),  # 0.9M parameters: adds well, slips often (toy/README.md)
     "dataset_name": str(WORLD / "data" / "preference"),  # pairs sampled from this very policy
     "output_dir": "outputs/reward-toy",
-    # This policy adds, and checks nothing. Without the next three settings as many steps put 0.70 of the pairs in order
-    # (validation, one seed); with all but the first, 0.97.
+    # This policy adds, and checks nothing. Without the next three settings as many steps put 0.60 of the pairs in order
+    # (README.md, on validation rows); without the first alone, 0.97.
     "system_message": "mark",  # behind it the policy has read marked homework, so there it looks for wrong steps
     "new_layers": 1,  # (0 to go on with a model of this script) it sees them in the last of its four layers, which leaves none to collect them at the answer's end
     "new_learning_rate": 2e-3,  # for `score` and that layer, which start from random numbers and have a long way to go
     "learning_rate": 2e-4,  # for the others: with 1e-3 for all, they forget what they know before the new ones can read
-    # it (0.61 and 0.66 in two seeds)
+    # it (0.58)
     "per_device_train_batch_size": 8,
     "max_steps": 360,
     "warmup_steps": 0.1,  # a share of all steps

@@ -358,7 +358,7 @@ def test_an_unknown_environment_is_refused(capsys):
 
 TARGETS = {
     *("help", "install", "test", "check", "site", "serve", "sync"),
-    *("coverage", "drift", "parity", "releases", "bump", "toy", "expected", "compare", "formats"),
+    *("coverage", "drift", "parity", "releases", "bump", "toy", "expected", "compare", "settings", "formats"),
     *("memory", "hacking", "symptoms", "chain", "gpu", "environments"),
 }
 

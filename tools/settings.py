@@ -151,7 +151,11 @@ def measure(names: list[str], again: bool, jobs: int) -> None:
         for name, change, waiting in started:
             runs = [one.result() for one in waiting]
             result["runs"].setdefault(name, {})[change] = runs
-            order = {name: result["runs"][name] for name in TRAINERS if name in result["runs"]}
+            order = {
+                name: {one: done[one] for one in (AS_SHIPPED, *CHANGES[name]) if one in done}
+                for name in TRAINERS
+                if (done := result["runs"].get(name))
+            }
             RESULT.write_text(json.dumps(result | {"runs": order}, indent=1) + "\n")
             print(name, change or "as shipped", [next(iter(one["held_out"].values())) for one in runs], flush=True)
 

@@ -244,9 +244,11 @@ def setting_of(script, name: str):
 
 
 def written(value) -> str:
-    """A setting as the scripts write it: 2e-4, 30, mark; `off` for none."""
+    """A setting as the scripts write it: 2e-4, 30, mark; `off` for none, `on` for a text that a table cannot hold."""
     if value in ("", None):
         return "off"
+    if "|" in str(value):
+        return "on"
     return re.sub(r"e-0", "e-", f"{value:.0e}") if isinstance(value, float) and 0 < value < 0.01 else str(value)
 
 
