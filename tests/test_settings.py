@@ -154,9 +154,34 @@ def test_the_comment_on_prm_quotes_its_other_figures():
     assert f'to say "right" everywhere gives {statistics.fmean(labels):.2f} and {flawless:.2f}' in text
 
 
-def test_what_the_page_says_about_beta():
-    base = 0.675  # what all begin with
-    assert abs(mean("dpo", "beta=0.1") - base) < 0.02 and mean("kto", "beta=0.1") < base - 0.05
+@pytest.fixture(scope="module")
+def base():
+    """The share of right answers on validation rows that all policies begin with, over the seeds."""
+    import torch
+    from transformers import set_seed
+
+    rows, tokenizer, policy = (
+        reward_hacking.rows("prompt_only", "validation"),
+        reward_hacking.tokenizer(),
+        reward_hacking.policy(),
+    )
+    batch = tokenizer.apply_chat_template(
+        [row["prompt"] for row in rows], add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    right = []
+    for seed in COMMITTED["seeds"]:
+        set_seed(seed)
+        with torch.no_grad():
+            ids = policy.generate(**batch, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=64)
+        texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        right += [text.endswith(f"#{row['answer']}") for text, row in zip(texts, rows, strict=True)]
+    return statistics.fmean(right)
+
+
+def test_what_the_page_says_about_beta(base):
+    assert "about where it began, at 0.66," in (EXAMPLES / "README.md").read_text()
+    assert base == pytest.approx(0.66, abs=0.02)  # another processor draws a few other answers
+    assert abs(mean("dpo", "beta=0.1") - base) < 0.04 and mean("kto", "beta=0.1") < base - 0.05
     for name in ("dpo", "kto"):
         runs = COMMITTED["runs"][name]["beta=0.1"]
         assert all(run["last"]["rewards/margins"] > 5 * run["first"]["rewards/margins"] for run in runs)
