@@ -124,8 +124,8 @@ TOY = {
     "num_ppo_epochs": 2,  # passes over the answers of a round; after the first step the policy is not the one that sampled them
     "num_mini_batches": 4,  # steps of the optimizer in each pass, 16 answers each
     "kl_coef": 1.0,  # score lost for each nat that an answer is more likely than under the reference; the scores lie 13 apart.
-    # In these few rounds TRL's 0.05 ends no worse (README.md); in longer ones it holds the policy less from what the reward
-    # model overlooks. Scores and KL that rise while right answers fall would show that
+    # In these few rounds TRL's 0.05 ends no worse (README.md). What the reward model overlooks would show as scores and KL
+    # that rise while right answers fall
     "cliprange_value": 100.0,  # no limit; 0.2 is small for a value model on the scale of these scores
     "temperature": 1.0,  # learns what the held-out answers are sampled with; at 0.7 the slips are rare
     "response_length": 40,  # tokens; the longest right answer has 35

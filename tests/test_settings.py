@@ -157,23 +157,15 @@ def test_the_comment_on_prm_quotes_its_other_figures():
 @pytest.fixture(scope="module")
 def base():
     """The share of right answers on validation rows that all policies begin with, over the seeds."""
-    import torch
-    from transformers import set_seed
-
     rows, tokenizer, policy = (
         reward_hacking.rows("prompt_only", "validation"),
         reward_hacking.tokenizer(),
         reward_hacking.policy(),
     )
-    batch = tokenizer.apply_chat_template(
-        [row["prompt"] for row in rows], add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-    )
     right = []
     for seed in COMMITTED["seeds"]:
-        set_seed(seed)
-        with torch.no_grad():
-            ids = policy.generate(**batch, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=64)
-        texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers, _ = reward_hacking.draw_answers(policy, tokenizer, rows, seed)
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         right += [text.endswith(f"#{row['answer']}") for text, row in zip(texts, rows, strict=True)]
     return statistics.fmean(right)
 
@@ -186,6 +178,7 @@ def test_what_the_page_says_about_beta(base):
         runs = COMMITTED["runs"][name]["beta=0.1"]
         assert all(run["last"]["rewards/margins"] > 5 * run["first"]["rewards/margins"] for run in runs)
         assert all(run["last"]["logps/chosen"] < run["first"]["logps/chosen"] - 0.5 for run in runs)
+        assert all(run["last"]["logps/rejected"] < run["first"]["logps/rejected"] - 2 for run in runs)
         assert last(name, settings.AS_SHIPPED, "logps/chosen") > -0.3
     assert 0.02 < mean("bco", settings.AS_SHIPPED) - mean("bco", "beta=0.1") < 0.05
     assert mean("cpo", "cpo_alpha=0") < base - 0.1 and last("cpo", "cpo_alpha=0", "logps/chosen") < -2
@@ -224,3 +217,12 @@ def test_what_the_page_says_about_the_rest():
         assert sum(after > before + 1e-3 for before, after in pairwise(run["loss"])) >= 2
     for name, change in (("sft", "learning_rate=1e-3"), ("grpo", "learning_rate=1e-3"), ("rloo", "learning_rate=1e-4")):
         assert mean(name, change) < mean(name, settings.AS_SHIPPED), name
+
+
+def test_a_number_that_need_not_be_there_is_off_at_0():
+    import compare
+    import tables
+
+    words = tables.change_in_words(compare.load("reward"), "system_message= new_layers=0 new_learning_rate=0")
+    assert words == "`system_message` mark → off, `new_layers` 1 → 0, `new_learning_rate` 2e-3 → off"
+    assert tables.change_in_words(compare.load("gkd"), "lmbda=0") == "`lmbda` 0.5 → 0"

@@ -604,15 +604,20 @@ class Says:
 
 
 def types_of_products(trainer) -> set:
-    """Trains, and gives the types in which the first projection of the policy computed while there was a gradient."""
+    """Trains, and gives the types in which the first projections of the policy and of a reference have computed.
+
+    Of the policy only while there was a gradient: what it samples is not meant.
+    """
     import torch
 
-    seen, place = set(), next(name for name, _ in trainer.model.named_modules() if name.endswith("q_proj"))
+    seen, reference = set(), getattr(trainer, "ref_model", None)
+    for model in filter(None, (trainer.model, reference)):
 
-    def note(module, arguments, output):
-        if torch.is_grad_enabled():
-            seen.add(output.dtype)
+        def note(module, arguments, output, model=model):
+            if torch.is_grad_enabled() or model is reference:
+                seen.add(output.dtype)
 
-    trainer.model.get_submodule(place).register_forward_hook(note)
+        place = next(name for name, _ in model.named_modules() if name.endswith("q_proj"))
+        model.get_submodule(place).register_forward_hook(note)
     trainer.train()
     return seen

@@ -261,7 +261,12 @@ def spread(runs: list[dict], key: str | None = None) -> str:
 def change_in_words(script, change: str) -> str:
     """`beta` 1.0 → 0.1, from "beta=0.1"."""
     parts = [part.partition("=") for part in change.split()]
-    return ", ".join(f"`{name}` {written(setting_of(script, name))} → {new or 'off'}" for name, _, new in parts)
+    words = []
+    for name, _, new in parts:
+        default = next(field.default for kind in script.FLAGS for field in fields(kind) if field.name == name)
+        off = not new or (new == "0" and default is None)  # 0 in place of a number that need not be there
+        words.append(f"`{name}` {written(setting_of(script, name))} → {'off' if off else new}")
+    return ", ".join(words)
 
 
 def settings_changed() -> None:
